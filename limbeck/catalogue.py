@@ -1,0 +1,95 @@
+"""The cards of all methods, readable without importing torch.
+
+A card is an entry of ``catalogue.toml``; ``card.load()`` imports the class behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.core.errors import UnknownNameError
+
+FAMILIES: Mapping[str, str] = {
+    "models": "a model (or several) into a smaller one",
+    "datasets": "a large data set into a handful of samples",
+    "samplers": "a many-step generator into a few-step one",
+    "fields": "a prior or a field into a field",
+    "graphs": "a graph network into something faster",
+    "search": "a search space into a student's shape",
+    "compression": "a network into fewer or coarser numbers",
+    "structures": "data into a structure: topology, order, features",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A method's entry in the catalogue."""
+
+    name: str
+    title: str
+    family: str
+    paper: str
+    year: int
+    summary: str
+    needs: str
+    gives: str
+    claim: str
+    implementation: str
+    baseline: bool = False
+
+    def load(self) -> type:
+        """The class that implements the method."""
+        module, _, attribute = self.implementation.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@functools.cache
+def cards() -> dict[str, Card]:
+    """All cards by name, in the file's order."""
+    with open(Path(__file__).with_name("catalogue.toml"), "rb") as file:
+        entries = tomllib.load(file)
+    return {name: Card(name=name, **entry) for name, entry in entries.items()}
+
+
+def get(name: str) -> Card:
+    """The card called ``name``; ``bd_kd`` and ``BD-KD`` mean ``bd-kd``.
+
+    Raises:
+        UnknownNameError: none such; the message proposes near ones.
+    """
+    key = name.lower().replace("_", "-")
+    if key not in cards():
+        raise UnknownNameError("method", name, cards(), hint="See: limbeck methods")
+    return cards()[key]
+
+
+def of_family(family: str) -> Iterator[Card]:
+    """The cards of one family.
+
+    Raises:
+        UnknownNameError: no such family.
+    """
+    if family not in FAMILIES:
+        raise UnknownNameError("family", family, FAMILIES, hint=f"Families: {', '.join(FAMILIES)}.")
+    return (card for card in cards().values() if card.family == family)
+
+
+def lazy_classes(family: str) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` that imports the family's classes when they are asked for."""
+
+    def find(attribute: str) -> Any:
+        for card in of_family(family):
+            if card.implementation.partition(":")[2] == attribute:
+                return card.load()
+        raise AttributeError(f"module 'limbeck.methods.{family}' has no attribute '{attribute}'")
+
+    return find

@@ -1,0 +1,391 @@
+"""The contract of the ``models`` family: classifiers in, one smaller classifier out, judged on accuracy, calibration, cost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from limbeck import networks
+from limbeck.blocks.cache import OutputCache
+from limbeck.blocks.taps import Tap
+from limbeck.blocks.teachers import TeacherOutput, Teachers
+from limbeck.core.batch import Batch, call_model, logits_of
+from limbeck.core.config import Config
+from limbeck.core.data import Data, Stream, mix_seed
+from limbeck.core.errors import InputError
+from limbeck.core.method import Method
+from limbeck.core.optim import Optimised, TrainingConfig, make_optimised
+from limbeck.core.seeding import preserved_random_state, seed_everything
+from limbeck.core.stage import Stage
+from limbeck.metrics.classification import agreement, classification_metrics, confusion_matrix
+from limbeck.metrics.cost import count_bytes, count_flops, count_parameters, measure_latency
+from limbeck.networks.artifacts import save_model
+from limbeck.tasks.base import Task, TaskConfig, cache_folder, load_task
+from limbeck.tasks.teachers import predictions, reference_teacher
+
+
+class ModelDistiller(Method):
+    """Base of the methods that train a student classifier.
+
+    Args:
+        student: any module from inputs to logits (see :func:`limbeck.core.batch.logits_of`). It is trained in place.
+        config: hyper-parameters; or give single ones as keyword arguments.
+    """
+
+    family = "models"
+
+    class Config(TrainingConfig):
+        """Optimisation, shared by the whole family."""
+
+        views: int | None = Field(
+            None, ge=1, description="number of different augmented views of each sample; none: a new one every epoch"
+        )
+        evaluations: int = Field(8, ge=0, description="how often to evaluate on validation data while training")
+
+    class Setup(TaskConfig):
+        """What a run by name builds."""
+
+        student: str | None = Field(
+            None, description="student network, or package.module:factory; none: the task's own"
+        )
+
+    student: nn.Module
+
+    def __init__(self, student: nn.Module, config: Config | None = None, **overrides: Any) -> None:
+        super().__init__(config, **overrides)
+        if not isinstance(student, nn.Module):
+            raise InputError(f"the student must be an nn.Module, not {type(student).__name__}")
+        self.student = student
+
+    # ---- what methods use ---------------------------------------------------------------------------------------------
+
+    def student_logits(self, batch: Batch) -> Tensor:
+        """(B, C) logits of the student on the batch."""
+        return logits_of(call_model(self.student, batch.inputs))
+
+    @staticmethod
+    def labels(batch: Batch) -> Tensor:
+        """(B,) or (B, C) labels.
+
+        Raises:
+            InputError: the batch has none.
+        """
+        if batch.labels is None:
+            raise InputError("this loss needs labels, and the batch has none: give (inputs, labels)")
+        return batch.labels
+
+    # ---- building by name --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(cls, setup: Setup, config: Config, *, seed: int = 0, progress: bool = True) -> tuple[Self, Task]:
+        """The method on its task's own networks, and the task."""
+        task = load_task(setup)
+        return cls.on_task(task, setup, config, seed=seed, progress=progress), task
+
+    @classmethod
+    def on_task(cls, task: Task, setup: Setup, config: Config, *, seed: int = 0, progress: bool = True) -> Self:
+        """The method for a task that is already loaded. Networks are initialised from ``seed``."""
+        return cls(make_network(setup.student or task.networks["student"], task, seed), config)
+
+    @classmethod
+    def from_modules(cls, student: Any, teacher: Any, config: Config, *, sample: Batch) -> Self:
+        """The method on a user's own modules; ``sample`` is a batch that shows the shapes."""
+        if student is None:
+            raise InputError(f"{cls.name} needs student=… (an nn.Module)")
+        return cls(student, config)
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    def optimisers(self, steps: int) -> Mapping[str, Optimised]:
+        """One optimiser over everything trainable."""
+        return {"main": make_optimised(self.trainable_parameters(), self.config, steps)}
+
+    def stages(self, train: Data, val: Data | None = None, *, seed: int = 0) -> list[Stage]:
+        """One stage; methods with several override this."""
+        return [self.stage("distillation", train, val, seed=seed)]
+
+    def stage(self, name: str, train: Data, val: Data | None, *, seed: int, **changes: Any) -> Stage:
+        """The family's usual stage: gradient steps on ``self.losses``, the student evaluated now and then."""
+        stream = Stream(train, self.config.batch_size, seed=mix_seed(seed, 5), views=self.config.views)
+        steps = self.config.total_steps(stream.steps_per_epoch)
+        count = self.config.evaluations
+        settings: dict[str, Any] = {
+            "losses": self.losses,
+            "optimisers": lambda: self.optimisers(steps),
+            "accumulate": self.config.accumulate,
+            "evaluate": None if val is None or count == 0 else lambda: self.quick_metrics(val),
+            "evaluate_every": max(1, steps // count) if count else 0,
+        }
+        return Stage(name, steps, stream, **{**settings, **changes})
+
+    def quick_metrics(self, data: Data) -> dict[str, float]:
+        """Accuracy and negative log-likelihood of the student."""
+        logits, labels = predictions(self.student, data)
+        nll = torch.nn.functional.cross_entropy(logits, labels)
+        return {"accuracy": float((logits.argmax(1) == labels).double().mean()), "nll": float(nll)}
+
+    def prepare_run(self, train: Data, val: Data | None, setup: Config | None = None) -> None:
+        """Last preparations before a run: caches, sanity checks. Nothing that a resume would have to restore."""
+
+    def check(self, batch: Batch) -> None:
+        """Dry run on one batch: what would fail at the first step, or silently never work, fails here with a clear line.
+
+        Weights, buffers, gradients and random state are left as they were.
+
+        Raises:
+            InputError: no logits, wrong labels, a loss term that is not finite, no gradient to the student, or a gradient
+                into a frozen part.
+        """
+        was_training = self.training
+        buffers = {name: b.clone() for name, b in self.named_buffers()}
+        with preserved_random_state():
+            try:
+                self.train()
+                with torch.no_grad():
+                    logits = self.student_logits(batch)
+                self._check_labels(batch, logits)
+                losses = self.losses(batch)
+                for name, value in losses.items():
+                    if not bool(torch.isfinite(value)):
+                        raise InputError(
+                            f"loss term '{name}' is {float(value)} on the first batch: check inputs and settings"
+                        )
+                losses.total.backward()
+                if all(p.grad is None for p in self.student.parameters()):
+                    raise InputError("no gradient reaches the student: is it frozen, or does its forward detach?")
+                for name in self._frozen:
+                    if any(p.grad is not None for p in getattr(self, name).parameters()):
+                        raise InputError(f"a gradient reaches the frozen '{name}'")
+            finally:
+                self.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    for name, b in self.named_buffers():
+                        b.copy_(buffers[name])
+                self.train(was_training)
+
+    @staticmethod
+    def _check_labels(batch: Batch, logits: Tensor) -> None:
+        if logits.ndim != 2 or logits.shape[0] != len(batch):
+            raise InputError(
+                f"the student gives logits of shape {tuple(logits.shape)}; expected ({len(batch)}, classes)"
+            )
+        labels = batch.labels
+        if labels is None:
+            return
+        if labels.ndim == 2:
+            if labels.shape[1] != logits.shape[1]:
+                raise InputError(f"soft labels for {labels.shape[1]} classes, but the student has {logits.shape[1]}")
+            return
+        if labels.is_floating_point():
+            raise InputError(f"labels are {labels.dtype}; class indices must be integers")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= logits.shape[1]:
+            raise InputError(f"labels go from {low} to {high}, but the student has classes 0 to {logits.shape[1] - 1}")
+
+    # ---- judging and keeping the result ------------------------------------------------------------------------------
+
+    def contestants(self) -> dict[str, nn.Module]:
+        """The models to be judged, by role; the student first."""
+        return {"student": self.student}
+
+    def evaluate(self, test: Data, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+        """The family's measures on test data: quality, agreement with the teacher, calibration, size and speed."""
+        return judge(self.contestants(), test, class_names)
+
+    def save_artifact(self, folder: Path, description: dict[str, Any]) -> None:
+        """The plain student, without projectors, heads or teachers."""
+        save_model(self.student, folder, description)
+
+
+class OfflineDistiller(ModelDistiller):
+    """Base of the methods with frozen, already trained teachers.
+
+    Args:
+        student: see :class:`ModelDistiller`.
+        teacher: a module or callable from inputs to logits, several of them, or :class:`limbeck.blocks.teachers.Teachers`.
+            Modules are frozen in place.
+        config: hyper-parameters; or give single ones as keyword arguments.
+    """
+
+    default_teachers: ClassVar[int] = 1
+    teachers: Teachers
+
+    class Setup(ModelDistiller.Setup):
+        """What a run by name builds."""
+
+        teacher: tuple[str, ...] = Field(
+            (), description="teacher networks, or package.module:factory with its weights loaded; none: the task's own"
+        )
+        teacher_epochs: float | None = Field(None, gt=0, description="passes over the data for reference teachers")
+        cache_teacher: bool = Field(
+            False, description="keep teacher outputs on disk, computed once per sample and view"
+        )
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Any,
+        config: ModelDistiller.Config | None = None,
+        *,
+        teacher_taps: Sequence[str | Tap] = (),
+        **overrides: Any,
+    ) -> None:
+        super().__init__(student, config, **overrides)
+        teachers = teacher if isinstance(teacher, Teachers) else Teachers(teacher, teacher_taps)
+        if any(m is student for m in teachers.models):
+            raise InputError("teacher and student are the same module: give a copy as the teacher (copy.deepcopy)")
+        self.add_frozen("teachers", teachers)
+
+    def teach(self, batch: Batch) -> TeacherOutput:
+        """What the teachers say about the batch, without gradients; counted in ``counters['teacher_forwards']``."""
+        before = self.teachers.forwards
+        output: TeacherOutput = self.teachers(batch)
+        self.counters["teacher_forwards"] += self.teachers.forwards - before
+        return output
+
+    @classmethod
+    def on_task(cls, task: Task, setup: Any, config: Any, *, seed: int = 0, progress: bool = True) -> Self:
+        student = make_network(setup.student or task.networks["student"], task, seed)
+        return cls(student, cls.teachers_for(task, setup, seed=seed, progress=progress), config)
+
+    @classmethod
+    def from_modules(cls, student: Any, teacher: Any, config: Any, *, sample: Batch) -> Self:
+        for role, value in (("student", student), ("teacher", teacher)):
+            if value is None:
+                raise InputError(f"{cls.name} needs {role}=… (an nn.Module)")
+        return cls(student, teacher, config)
+
+    @classmethod
+    def teachers_for(cls, task: Task, setup: Any, *, seed: int, progress: bool) -> list[nn.Module]:
+        """Reference teachers: as many as the method wants, or those named in the setup."""
+        names = setup.teacher or (task.networks["teacher"],) * cls.default_teachers
+        return [
+            make_network(name, task, seed)
+            if ":" in name
+            else reference_teacher(task, name, seed=number, epochs=setup.teacher_epochs, progress=progress)
+            for number, name in enumerate(names)
+        ]
+
+    def check(self, batch: Batch) -> None:
+        with torch.no_grad():
+            classes = self.teachers(batch).logits.shape[-1]
+            own = self.student_logits(batch).shape[-1] if not self.training else None
+        if own is not None and own != classes:
+            raise InputError(f"the student has {own} classes and the teacher {classes}: they must be the same")
+        super().check(batch)
+
+    def prepare_run(self, train: Data, val: Data | None, setup: Any = None) -> None:
+        if getattr(setup, "cache_teacher", False):
+            self.cache_teacher(train)
+        if val is not None:
+            self.check_teacher(val)
+
+    def cache_teacher(self, data: Data, folder: Path | None = None) -> None:
+        """Keep the teachers' outputs on this data on disk from now on (in the cache folder if none is given).
+
+        Raises:
+            InputError: the data's augmentation cannot be replayed, or shows a new view in every epoch.
+        """
+        if data.augmented and self.config.views is None:
+            raise InputError(
+                "a teacher cache needs a number of views: with a new one every epoch nothing is read twice; set views"
+            )
+        self.teachers.cache = OutputCache(folder or cache_folder() / "outputs", data, self.teachers.key())
+
+    def check_teacher(self, data: Data) -> list[float]:
+        """Each teacher's accuracy through the student's own pipeline; warns when one is no better than chance.
+
+        A wrong normalisation or class order is the usual hidden cause of distillation that does not work.
+        """
+        found = []
+        for number, model in enumerate(self.teachers.models):
+            transform = self.teachers.transforms[number]
+            view = model if transform is None else _Transformed(model, transform)
+            logits, labels = predictions(view, data)
+            accuracy = float((logits.argmax(1) == labels).double().mean())
+            chance = float(torch.bincount(labels).max() / len(labels))
+            if accuracy <= chance + 2 * (chance * (1 - chance) / len(labels)) ** 0.5:
+                which = "the teacher" if len(self.teachers) == 1 else f"teacher {number}"
+                warnings.warn(
+                    f"{which} has {accuracy:.1%} accuracy on validation data, no better than always guessing one class "
+                    f"({chance:.1%}): check its weights, normalisation and class order",
+                    stacklevel=2,
+                )
+            found.append(accuracy)
+        return found
+
+    def contestants(self) -> dict[str, nn.Module]:
+        models: dict[str, nn.Module] = {"student": self.student}
+        for number, model in enumerate(self.teachers.models):
+            transform = self.teachers.transforms[number]
+            role = "teacher" if len(self.teachers) == 1 else f"teacher {number + 1}"
+            models[role] = model if transform is None else _Transformed(model, transform)
+        return models
+
+
+class _Transformed(nn.Module):
+    def __init__(self, model: nn.Module, transform: Any) -> None:
+        super().__init__()
+        self.model, self.transform = model, transform
+
+    def forward(self, x: Any) -> Any:
+        return call_model(self.model, self.transform(x))
+
+
+def make_network(name: str, task: Task, seed: int) -> nn.Module:
+    """A network for a task, initialised from ``seed`` without touching the caller's random state."""
+    c, h, w = task.in_shape
+    with preserved_random_state():
+        seed_everything(mix_seed(seed, 1))
+        return networks.build(name, in_shape=(c, h, w), num_classes=task.num_classes)
+
+
+def judge(models: Mapping[str, nn.Module], test: Data, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure several models on the same test data.
+
+    Args:
+        models: by role; ``student`` is compared with ``teacher`` where both are there.
+        test: with labels.
+        class_names: for the confusion matrix.
+
+    Returns:
+        ``rows``: for each model quality, calibration, parameters, bytes, FLOPs per sample, latency per batch of 64 and its
+        ratio to the first; ``agreement`` of the student with the teachers; ``confusion`` of the student.
+    """
+    modes = {role: m.training for role, m in models.items()}
+    for model in models.values():
+        model.eval()
+    sample = test.fetch(torch.arange(min(64, len(test))), None)
+    devices = {next(m.parameters()).device for m in models.values()}
+    sample = sample.to(next(iter(devices)))
+    said = {role: predictions(model, test) for role, model in models.items()}
+    labels = next(iter(said.values()))[1]
+    classes = next(iter(said.values()))[0].shape[1]
+    speed = measure_latency(dict(models), sample.inputs)
+    rows = []
+    for role, model in models.items():
+        quality = classification_metrics(said[role][0], labels, classes)
+        cost = {
+            "parameters": count_parameters(model),
+            "bytes": count_bytes(model),
+            "flops": count_flops(model, sample.inputs),
+            "latency": speed[role]["median_seconds"],
+            "latency_ratio": speed[role]["ratio"],
+        }
+        rows.append({"who": role, **quality, **cost})
+    for role, model in models.items():
+        model.train(modes[role])
+    first = next(iter(models))
+    teachers = [said[r][0] for r in models if r.startswith("teacher")]
+    result: dict[str, Any] = {"rows": rows}
+    if teachers:
+        result["agreement"] = agreement(said[first][0], torch.stack(teachers).mean(0))
+    matrix = confusion_matrix(said[first][0], labels, classes)
+    result["confusion"] = {"labels": list(class_names or map(str, range(classes))), "matrix": matrix.tolist()}
+    return result

@@ -1,0 +1,180 @@
+"""What a task is: data in three parts, the networks that suit it, and where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from limbeck.core.config import Config
+from limbeck.core.data import TensorData, mix_seed
+from limbeck.core.errors import InputError, UnknownNameError
+
+
+class TaskConfig(Config):
+    """Which data, and how much of it."""
+
+    task: str = Field("digits", description="digits, mnist, cifar10, or any name that --data explains")
+    data: str | None = Field(
+        None,
+        description="a data set of your own: a folder of images or parquet files, or a Hugging Face data set's name",
+    )
+    data_root: str | None = Field(None, description="folder that holds mnist/, cifar10/ …; default: $LIMBECK_DATA")
+    train_size: int | None = Field(None, ge=1, description="use so many training samples, stratified; none: all")
+    label_noise: float = Field(0.0, ge=0, lt=1, description="fraction of training labels replaced by wrong ones")
+    image_size: int | None = Field(
+        None, ge=4, le=1024, description="resize images to this square size; none: as they are"
+    )
+    augment: bool = Field(True, description="random shifts (and flips where they make sense)")
+    split_seed: int = Field(0, ge=0, description="seeds which samples are taken, and the label noise")
+
+
+@dataclass
+class Task:
+    """A classification task on tensors.
+
+    Attributes:
+        name: what it is called.
+        train, val, test: disjoint parts. ``val`` is for choosing, ``test`` is looked at once.
+        num_classes: number of classes; labels are 0 … num_classes - 1.
+        in_shape: shape of one input, without the batch.
+        class_names: one for each class.
+        networks: names of reference networks by role (``student``, ``teacher``).
+        teacher_epochs: passes over the training data that a reference teacher gets.
+        source: where the data came from, for the record.
+    """
+
+    name: str
+    train: TensorData
+    val: TensorData
+    test: TensorData
+    num_classes: int
+    in_shape: tuple[int, ...]
+    class_names: list[str]
+    networks: Mapping[str, str] = field(default_factory=dict)
+    teacher_epochs: float = 60
+    source: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the training data as it is (hex, 16 digits)."""
+        return self.train.fingerprint()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "source": self.source,
+            "train": len(self.train),
+            "val": len(self.val),
+            "test": len(self.test),
+            "classes": self.num_classes,
+            "input_shape": list(self.in_shape),
+            "fingerprint": self.fingerprint,
+        }
+
+
+Loader = Callable[[TaskConfig], Task]
+_TASKS: dict[str, str] = {
+    "digits": "limbeck.tasks.digits:load",
+    "mnist": "limbeck.tasks.images:load_mnist",
+    "cifar10": "limbeck.tasks.images:load_cifar10",
+}
+
+
+def load_task(config: TaskConfig) -> Task:
+    """Load a task by name, or from ``config.data``.
+
+    Raises:
+        UnknownNameError: no such task.
+        InputError: the data is missing or not what it should be.
+    """
+    import importlib
+
+    target = "limbeck.tasks.images:load_any" if config.data is not None else _TASKS.get(config.task)
+    if target is None:
+        raise UnknownNameError(
+            "task", config.task, _TASKS, hint=f"Known: {', '.join(_TASKS)}; your own data goes in with --data."
+        )
+    module, _, name = target.partition(":")
+    loader: Loader = getattr(importlib.import_module(module), name)
+    return loader(config)
+
+
+def task_names() -> list[str]:
+    return list(_TASKS)
+
+
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """A permutation (N,) whose every prefix holds the classes in their overall proportions, as nearly as can be."""
+    generator = torch.Generator().manual_seed(mix_seed(seed, 7))
+    shuffled = torch.randperm(len(labels), generator=generator)
+    classes = labels[shuffled]
+    # Position of each sample within its class, scaled to (0, 1): sorting by it interleaves the classes evenly.
+    order = torch.argsort(classes, stable=True)
+    counts = torch.bincount(classes)
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(labels)) - starts[classes[order]]
+    fraction = (rank.double() + 0.5) / counts[classes]
+    return shuffled[torch.argsort(fraction, stable=True)]
+
+
+def take(labels: Tensor, size: int | None, seed: int, what: str = "training") -> Tensor:
+    """Ids of a stratified subset of ``size`` samples (all if None).
+
+    Raises:
+        InputError: more than there are.
+    """
+    if size is None:
+        return torch.arange(len(labels))
+    if size > len(labels):
+        raise InputError(f"train_size {size} is more than the {len(labels)} {what} samples there are")
+    return stratified_order(labels, seed)[:size].sort().values
+
+
+def flip_labels(labels: Tensor, fraction: float, num_classes: int, seed: int) -> Tensor:
+    """Labels with ``fraction`` of them replaced by a uniformly drawn wrong class."""
+    if fraction == 0:
+        return labels
+    generator = torch.Generator().manual_seed(mix_seed(seed, 11))
+    chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
+    shift = torch.randint(1, num_classes, (len(chosen),), generator=generator)
+    noisy = labels.clone()
+    noisy[chosen] = (noisy[chosen] + shift) % num_classes
+    return noisy
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of uint8 images (N, C, H, W), on the scale [0, 1]."""
+    x = images.double() / 255
+    mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
+    return [round(v, 6) for v in mean.tolist()], [max(round(v, 6), 1e-3) for v in std.tolist()]
+
+
+def cache_folder() -> Path:
+    """Where decoded data and reference teachers are kept: ``$LIMBECK_CACHE``, or the user's cache folder."""
+    return Path(os.environ.get("LIMBECK_CACHE") or platformdirs.user_cache_dir("limbeck"))
+
+
+def data_root(config: TaskConfig) -> Path | None:
+    root = config.data_root or os.environ.get("LIMBECK_DATA")
+    return None if root is None else Path(root).expanduser()
+
+
+def hash_of(*parts: Any) -> str:
+    """A short content hash (hex, 16 digits) of plain values and arrays."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.numpy()
+        digest.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return digest.hexdigest()[:16]
