@@ -134,7 +134,9 @@ def _show(arguments: list[str]) -> int:
 
 def _taps(arguments: list[str]) -> int:
     parser = _Parser("limbeck taps", description="List the layers of a network that can be tapped, with their shapes.")
-    parser.add_argument("model", help="a network's name (cnn-w16-s3), package.module:factory, or a folder with an artifact")
+    parser.add_argument(
+        "model", help="a network's name (cnn-w16-s3), package.module:factory, or a folder with an artifact"
+    )
     parser.add_argument("--input", default="1,8,8", help="input shape without the batch (default: 1,8,8)")
     parser.add_argument("--classes", type=int, default=10, help="number of classes (default: 10)")
     options = parser.parse_args(arguments)
@@ -280,8 +282,12 @@ def _verify(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--all", action="store_true", help="every method that has a claim")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: the claim's own, at least 3)")
-    parser.add_argument("--data-root", help="folder with mnist/, cifar10/ … (default: $LIMBECK_DATA; else bundled data)")
-    parser.add_argument("--out", type=Path, default=Path("scoreboard"), help="folder for NAME.json (default: scoreboard)")
+    parser.add_argument(
+        "--data-root", help="folder with mnist/, cifar10/ … (default: $LIMBECK_DATA; else bundled data)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("scoreboard"), help="folder for NAME.json (default: scoreboard)"
+    )
     parser.add_argument("--fresh", action="store_true", help="do not reuse arms that were measured before")
     options = parser.parse_args(arguments)
     from limbeck.claims import claim_names
@@ -298,7 +304,9 @@ def _verify(arguments: list[str]) -> int:
 
 def _scoreboard(arguments: list[str]) -> int:
     parser = _Parser("limbeck scoreboard", description="Write the page of all verdicts as one HTML file.")
-    parser.add_argument("--from", dest="folder", type=Path, default=Path("scoreboard"), help="folder with NAME.json files")
+    parser.add_argument(
+        "--from", dest="folder", type=Path, default=Path("scoreboard"), help="folder with NAME.json files"
+    )
     parser.add_argument("--out", type=Path, help="where to (default: FOLDER/index.html)")
     options = parser.parse_args(arguments)
     from limbeck.report.scoreboard import write_scoreboard

@@ -23,14 +23,20 @@ def add_flags(
     for info in fields_of(model):
         if info.is_bool:
             group.add_argument(
-                info.flag, dest=info.name, action=argparse.BooleanOptionalAction, default=_ABSENT, help=_help(info, paper)
+                info.flag,
+                dest=info.name,
+                action=argparse.BooleanOptionalAction,
+                default=_ABSENT,
+                help=_help(info, paper),
             )
         elif info.is_sequence:
             group.add_argument(
                 info.flag, dest=info.name, nargs="*", default=_ABSENT, metavar=_metavar(info), help=_help(info, paper)
             )
         else:
-            group.add_argument(info.flag, dest=info.name, default=_ABSENT, metavar=_metavar(info), help=_help(info, paper))
+            group.add_argument(
+                info.flag, dest=info.name, default=_ABSENT, metavar=_metavar(info), help=_help(info, paper)
+            )
 
 
 def parse_strictly(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
@@ -62,7 +68,9 @@ def _metavar(info: FieldInfo) -> str:
     kind = info.type.split(" or ")[0]
     if kind.startswith("one of "):
         return "{" + kind.removeprefix("one of ").replace(", ", ",") + "}"
-    return {"a list of strs": "NAME", "a list of floats": "X"}.get(kind, {"str": "TEXT", "int": "N", "float": "X"}.get(kind, "VALUE"))
+    return {"a list of strs": "NAME", "a list of floats": "X"}.get(
+        kind, {"str": "TEXT", "int": "N", "float": "X"}.get(kind, "VALUE")
+    )
 
 
 def _help(info: FieldInfo, paper: Mapping[str, Any] | None) -> str:

@@ -29,6 +29,9 @@ from limbeck.networks.artifacts import save_model
 from limbeck.tasks.base import Task, TaskConfig, cache_folder, load_task
 from limbeck.tasks.teachers import predictions, reference_teacher
 
+IGNORED = -100
+"""The label of padding in token-level data."""
+
 
 class ModelDistiller(Method):
     """Base of the methods that train a student classifier.
@@ -119,10 +122,19 @@ class ModelDistiller(Method):
             "losses": self.losses,
             "optimisers": lambda: self.optimisers(steps),
             "accumulate": self.config.accumulate,
+            "normalisers": self.normalisers,
             "evaluate": None if val is None or count == 0 else lambda: self.quick_metrics(val),
             "evaluate_every": max(1, steps // count) if count else 0,
         }
         return Stage(name, steps, stream, **{**settings, **changes})
+
+    @staticmethod
+    def normalisers(batch: Batch) -> dict[str, float]:
+        """Over how many items the mean of a term goes: samples, or for token labels (B, N) those that are not padding."""
+        labels = batch.labels
+        if labels is None or labels.is_floating_point() or labels.ndim < 2:
+            return {}
+        return {"": float((labels != IGNORED).sum())}
 
     def quick_metrics(self, data: Data) -> dict[str, float]:
         """Accuracy and negative log-likelihood of the student."""
@@ -179,14 +191,17 @@ class ModelDistiller(Method):
         if labels is None:
             return
         if labels.ndim == 2:
-            if labels.shape[1] != logits.shape[1]:
-                raise InputError(f"soft labels for {labels.shape[1]} classes, but the student has {logits.shape[1]}")
+            if labels.shape[-1] != logits.shape[-1]:
+                raise InputError(f"soft labels for {labels.shape[-1]} classes, but the student has {logits.shape[-1]}")
             return
         if labels.is_floating_point():
             raise InputError(f"labels are {labels.dtype}; class indices must be integers")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= logits.shape[1]:
-            raise InputError(f"labels go from {low} to {high}, but the student has classes 0 to {logits.shape[1] - 1}")
+        counted = labels[labels != IGNORED] if labels.ndim > 1 else labels
+        if counted.numel() == 0:
+            raise InputError("every label of the first batch is padding (-100): nothing could be learnt from it")
+        low, high = int(counted.min()), int(counted.max())
+        if low < 0 or high >= logits.shape[-1]:
+            raise InputError(f"labels go from {low} to {high}, but the student has classes 0 to {logits.shape[-1] - 1}")
 
     # ---- judging and keeping the result ------------------------------------------------------------------------------
 
