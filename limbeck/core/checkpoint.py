@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -19,8 +19,32 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         RunError: no space, or the folder cannot be written.
     """
-    with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        writer = _Writer(file)
+        try:
+            torch.save({"format": FORMAT, **state}, writer)
+        except RuntimeError:
+            if writer.refused is not None:  # torch hides the system's refusal behind an error of its own
+                raise writer.refused from None
+            raise
+
+
+class _Writer:
+    """A file for ``torch.save`` that remembers why the system refused to write."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.refused: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.refused = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -70,14 +70,6 @@ def explained(target: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise RunError(f"cannot write {target}: {error.strerror}; choose another folder with --out") from error
         raise
-    except RuntimeError as error:  # torch's zip writer reports a failed write this way
-        if "write" in str(error).lower() and (
-            "PytorchStreamWriter" in str(error) or "iostream" in str(error) or "file" in str(error)
-        ):
-            raise RunError(
-                f"no space left to write {target}: free some, then resume; nothing already saved is lost"
-            ) from error
-        raise
 
 
 def _finite(value: Any) -> Any:
