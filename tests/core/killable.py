@@ -51,7 +51,12 @@ class TwoStages(Method):
         super().__init__(steps=STEPS, batch_size=16, lr=1e-2)
         torch.manual_seed(0)
         self.network = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(512, 3)
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(512, 3),
         )
         self.critic = nn.Linear(3, 1)
         self.add_frozen("teacher", nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
@@ -59,7 +64,9 @@ class TwoStages(Method):
 
     def losses(self, batch: Batch) -> Losses:
         logits = self.network(batch.inputs)
-        return Losses(ce=F.cross_entropy(logits, batch.labels), match=(0.1, F.mse_loss(logits, self.teacher(batch.inputs))))
+        return Losses(
+            ce=F.cross_entropy(logits, batch.labels), match=(0.1, F.mse_loss(logits, self.teacher(batch.inputs)))
+        )
 
     def alternate(self, batch: Batch | None, stepper: Stepper) -> Mapping[str, Tensor]:
         assert batch is not None
@@ -99,7 +106,9 @@ class TwoStages(Method):
 def data() -> TensorData:
     generator = torch.Generator().manual_seed(0)
     images = (torch.rand(100, 1, 8, 8, generator=generator) * 255).to(torch.uint8)
-    return TensorData(images, torch.randint(0, 3, (100,), generator=generator), mean=[0.5], std=[0.3], augment=ShiftFlip(1))
+    return TensorData(
+        images, torch.randint(0, 3, (100,), generator=generator), mean=[0.5], std=[0.3], augment=ShiftFlip(1)
+    )
 
 
 def run(folder: Path, checkpoint_steps: int = 10) -> TwoStages:

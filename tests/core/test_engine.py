@@ -73,7 +73,9 @@ def points(n: int = 48) -> TensorData:
 
 def test_infinity_stops_with_term_and_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     method = Plain(explode_at=13)
-    with pytest.raises(TrainingDiverged, match="loss term 'penalty' became inf at step 13 of stage 'only'; the last good checkpoint"):
+    with pytest.raises(
+        TrainingDiverged, match="loss term 'penalty' became inf at step 13 of stage 'only'; the last good checkpoint"
+    ):
         Engine(tmp_path, QUIET).run(method, method.stages(points()))
     kept = load_checkpoint(tmp_path / "checkpoint.pt")
     assert kept["step"] == 10
@@ -117,7 +119,16 @@ def test_accumulation_weighs_by_valid_tokens() -> None:
 
     def trained(accumulate: int) -> BDKD:
         torch.manual_seed(0)
-        method = BDKD(nn.Linear(4, 3), nn.Linear(4, 3), steps=8, batch_size=8, accumulate=accumulate, evaluations=0, optimizer="sgd", lr=0.05)
+        method = BDKD(
+            nn.Linear(4, 3),
+            nn.Linear(4, 3),
+            steps=8,
+            batch_size=8,
+            accumulate=accumulate,
+            evaluations=0,
+            optimizer="sgd",
+            lr=0.05,
+        )
         Engine(None, QUIET).run(method, method.stages(tokens))
         return method
 
@@ -130,10 +141,30 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path, kind: str) -> None
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     run(tmp_path / "one", kind)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
     command += ["-m", "tests.core.distributed_run", str(tmp_path / "two"), kind]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert len(one) == len(two) == 25
@@ -176,7 +207,14 @@ except RunError as error:
     print(sorted(p.name for p in folder.iterdir()))
     sys.exit(2)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2, done.stderr[-2000:]
     assert "no space left to write" in done.stdout and "checkpoint.pt" in done.stdout
     assert "['checkpoint.pt', 'metrics.jsonl']" in done.stdout
@@ -229,7 +267,9 @@ def test_stages_are_checked() -> None:
 def test_a_stage_without_data_or_gradients_runs() -> None:
     seen = []
     method = Plain()
-    stage = Stage("count", 4, update=lambda batch, stepper: (seen.append((batch, stepper.step)), {"x": torch.tensor(1.0)})[1])
+    stage = Stage(
+        "count", 4, update=lambda batch, stepper: (seen.append((batch, stepper.step)), {"x": torch.tensor(1.0)})[1]
+    )
     rows = Engine(None, QUIET).run(method, [stage])
     assert seen == [(None, 0), (None, 1), (None, 2), (None, 3)]
     assert rows[-1]["x"] == 1.0

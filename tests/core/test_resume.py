@@ -24,7 +24,9 @@ KILLS = 20
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "tests.core.killable", str(folder)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.core.killable", str(folder)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL
+    )
 
 
 @pytest.fixture(scope="module")

@@ -27,15 +27,9 @@ def available(name: str, data_root: str | None) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def task(
-    data_root: str | None, name: str, train_size: int | None, label_noise: float = 0.0, split_seed: int = 0
-) -> Task:
-    """A task, loaded once per process."""
-    return load_task(
-        TaskConfig(
-            task=name, data_root=data_root, train_size=train_size, label_noise=label_noise, split_seed=split_seed
-        )
-    )
+def task(data_root: str | None, name: str, train_size: int | None, **settings: Any) -> Task:
+    """A task, loaded once per process; ``settings`` are those of :class:`limbeck.tasks.base.TaskConfig`."""
+    return load_task(TaskConfig.make(task=name, data_root=data_root, train_size=train_size, **settings))
 
 
 def train(method: str, on: Task, config: Mapping[str, Any], seed: int, **setup: Any) -> Outcome:

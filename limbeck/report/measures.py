@@ -1,0 +1,171 @@
+"""What the measures in a result are called, which way is better, and how their values and differences are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from limbeck.report.numbers import ABSENT, digits, finite, human_bytes, human_count, human_seconds, percent, times
+
+Kind = Literal["percent", "number", "count", "bytes", "seconds", "ratio"]
+Better = Literal["higher", "lower"]
+
+_WRITE = {
+    "percent": percent,
+    "number": digits,
+    "count": human_count,
+    "bytes": human_bytes,
+    "seconds": human_seconds,
+    "ratio": digits,
+}
+_LESS_MORE = {"count": ("fewer", "more"), "bytes": ("smaller", "larger"), "seconds": ("faster", "slower")}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure as it is shown."""
+
+    name: str
+    label: str
+    kind: Kind = "number"
+    better: Better | None = None
+    group: str = "other measures"
+
+    def text(self, value: Any) -> str:
+        """The value with its unit; ``n/a`` for what is no finite number."""
+        number = finite(value)
+        return ABSENT if number is None else _WRITE[self.kind](number)
+
+    def difference(self, value: float | None) -> str:
+        """A signed difference of two values: +1.2 points, -0.0313."""
+        number = finite(value)
+        if number is None:
+            return ABSENT
+        if self.kind == "percent":
+            return f"{_sign(f'{100 * number:.1f}')} points"
+        return _sign(_WRITE[self.kind](number))
+
+    def interval(self, low: float | None, high: float | None) -> str:
+        """The ends of an interval of a difference, without unit: [+0.4, +2.0]."""
+        ends = [finite(low), finite(high)]
+        widest = max((abs(e) for e in ends if e is not None), default=0.0)
+        return f"[{', '.join(ABSENT if e is None else _sign(self._beside(e, widest)) for e in ends)}]"
+
+    def spread(self, values: Sequence[Any]) -> str:
+        """Mean ± standard deviation; the mean alone for one value."""
+        numbers = [v for v in map(finite, values) if v is not None]
+        if len(numbers) < 2:
+            return self.text(numbers[0] if numbers else None)
+        mean, deviation = fmean(numbers), stdev(numbers)
+        unit = " %" if self.kind == "percent" else ""
+        return f"{self._beside(mean, abs(mean))} ± {self._beside(deviation, abs(mean))}{unit}"
+
+    @property
+    def scale(self) -> float | None:
+        """What tick labels multiply values by; None where :meth:`text` must write them."""
+        return {"percent": 100.0, "number": 1.0, "ratio": 1.0}.get(self.kind)
+
+    def axis(self, *, difference: bool = False) -> str:
+        """The label of an axis with this measure, or with differences of it."""
+        unit = f", {'points' if difference else '%'}" if self.kind == "percent" else ""
+        if difference:
+            return f"difference of {self.label}{unit}; positive is better"
+        return f"{self.label}{unit} {self.arrow}".strip()
+
+    def _beside(self, value: float, size: float) -> str:
+        """The value with the decimals that ``size`` would have, without a percent's unit."""
+        if self.kind == "percent":
+            return f"{100 * value:.1f}"
+        if self.kind in ("number", "ratio") and 1e-4 <= size < 1e3:
+            return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+        return _WRITE[self.kind](value)
+
+    def versus(self, value: Any, other: Any) -> tuple[str, str]:
+        """How ``value`` compares with ``other``: the text, and ``better``, ``worse`` or an empty string."""
+        a, b = finite(value), finite(other)
+        if a is None or b is None:
+            return "", ""
+        if a == b:
+            return "same", ""
+        judged = "" if self.better is None else "better" if (a > b) == (self.better == "higher") else "worse"
+        if self.kind in _LESS_MORE and a > 0 and b > 0:
+            less, more = _LESS_MORE[self.kind]
+            return f"{times(max(a, b) / min(a, b))} times {less if a < b else more}", judged
+        if self.kind == "ratio":
+            return "", ""
+        return self.difference(a - b), judged
+
+    @property
+    def arrow(self) -> str:
+        """Which way is better, as papers mark it."""
+        return {"higher": "↑", "lower": "↓", None: ""}[self.better]
+
+
+_KNOWN = [
+    Measure("accuracy", "accuracy", "percent", "higher", "quality"),
+    Measure("top5", "top-5 accuracy", "percent", "higher", "quality"),
+    Measure("macro_f1", "macro F1", "percent", "higher", "quality"),
+    Measure("nll", "NLL", "number", "lower", "calibration"),
+    Measure("brier", "Brier score", "number", "lower", "calibration"),
+    Measure("ece", "ECE", "number", "lower", "calibration"),
+    Measure("adaptive_ece", "adaptive ECE", "number", "lower", "calibration"),
+    Measure("parameters", "parameters", "count", "lower", "cost"),
+    Measure("bytes", "size", "bytes", "lower", "cost"),
+    Measure("flops", "FLOPs per sample", "count", "lower", "cost"),
+    Measure("latency", "latency, batch of 64", "seconds", "lower", "cost"),
+    Measure("latency_ratio", "latency, ratio to the first", "ratio", "lower", "cost"),
+    Measure("seconds", "seconds", "seconds", "lower", "cost"),
+    Measure("top1_agreement", "same answers as the teacher", "percent", "higher", "agreement"),
+    Measure("kl", "KL(teacher, student)", "number", "lower", "agreement"),
+]
+KNOWN: Mapping[str, Measure] = {m.name: m for m in _KNOWN}
+
+
+def measure(name: str, higher_is_better: bool | None = None) -> Measure:
+    """The measure called ``name``; an unknown one is a plain number whose label is its name.
+
+    Args:
+        name: as in a result.
+        higher_is_better: overrules the direction, or gives it where the name is unknown.
+    """
+    found = KNOWN.get(name) or Measure(name, name.replace("_", " "))
+    if higher_is_better is None:
+        return found
+    return Measure(found.name, found.label, found.kind, "higher" if higher_is_better else "lower", found.group)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measure over all contestants."""
+
+    measure: Measure
+    values: list[str]
+    versus: str
+    judged: str
+
+
+def contestants(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Line]]]:
+    """A result's rows, turned: the contestants' names, and lines by group of measures.
+
+    With two contestants each line also says how the first compares with the second.
+    """
+    names = [str(row.get("who", number + 1)) for number, row in enumerate(rows)]
+    keys = dict.fromkeys(k for row in rows for k, v in row.items() if k != "who" and finite(v) is not None)
+    order = {name: n for n, name in enumerate(KNOWN)}
+    groups: dict[str, list[Line]] = {}
+    for key in sorted(keys, key=lambda k: order.get(k, len(order))):
+        shown = measure(key)
+        values = [row.get(key) for row in rows]
+        versus, judged = shown.versus(*values) if len(rows) == 2 else ("", "")
+        line = Line(shown, [shown.text(v) for v in values], versus, judged)
+        groups.setdefault(shown.group, []).append(line)
+    return names, groups
+
+
+def _sign(text: str) -> str:
+    if text.lstrip("-0.") == "" and text != "":  # a zero, rounded or not, has no sign
+        return text.lstrip("-")
+    return text if text.startswith("-") else f"+{text}"
