@@ -288,6 +288,7 @@ def _verify(arguments: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("scoreboard"), help="folder for NAME.json (default: scoreboard)"
     )
+    parser.add_argument("--workers", type=int, default=1, help="trainings side by side, one thread each (default: 1)")
     parser.add_argument("--fresh", action="store_true", help="do not reuse arms that were measured before")
     options = parser.parse_args(arguments)
     from limbeck.claims import claim_names
@@ -297,7 +298,14 @@ def _verify(arguments: list[str]) -> int:
     if options.all == bool(options.names):
         raise InputError("name the methods to verify, or give --all")
     for name in claim_names() if options.all else options.names:
-        result = verify(name, seeds=options.seeds, data_root=options.data_root, out=options.out, fresh=options.fresh)
+        result = verify(
+            name,
+            seeds=options.seeds,
+            data_root=options.data_root,
+            out=options.out,
+            fresh=options.fresh,
+            workers=options.workers,
+        )
         print(verdict_table(result))
     return 0
 

@@ -19,6 +19,8 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
         return function(value)
     if isinstance(value, Mapping):
         return {k: map_tensors(v, function) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(v, function) for v in value))
     if isinstance(value, tuple | list):
         return type(value)(map_tensors(v, function) for v in value)
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -22,7 +22,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         writer = _Writer(file)
         try:
-            torch.save({"format": FORMAT, **state}, writer)
+            torch.save({"format": FORMAT, **state}, cast(IO[bytes], writer))
         except RuntimeError:
             if writer.refused is not None:  # torch hides the system's refusal behind an error of its own
                 raise writer.refused from None

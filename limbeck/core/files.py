@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -29,7 +30,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stands in the way of writing stands in the way of removing
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -67,7 +69,7 @@ def explained(target: Path) -> Iterator[None]:
             raise RunError(
                 f"no space left to write {target}: free some, then resume; nothing already saved is lost"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise RunError(f"cannot write {target}: {error.strerror}; choose another folder with --out") from error
         raise
 

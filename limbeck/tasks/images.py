@@ -229,4 +229,4 @@ def _decode(column: Any, where: str, size: int | None) -> Tensor:
         if total > MAX_BYTES:
             raise InputError(f"'{where}' decodes to more than {MAX_BYTES >> 30} GiB: use a smaller --image-size")
         arrays.append(array)
-    return torch.from_numpy(np.stack(arrays))
+    return torch.from_numpy(np.ascontiguousarray(np.stack(arrays)))  # stacking keeps the channels-last strides

@@ -12,14 +12,14 @@ from torch.utils.data import Dataset
 
 transformers = pytest.importorskip("transformers")
 
-import limbeck  # noqa: E402
-from limbeck.adapters.transformers import DistillationTrainer  # noqa: E402
-from limbeck.blocks.projectors import make_projector  # noqa: E402
-from limbeck.core.batch import Batch, Losses  # noqa: E402
-from limbeck.core.errors import InputError  # noqa: E402
-from limbeck.losses.features import hint  # noqa: E402
-from limbeck.methods.models import KD  # noqa: E402
-from limbeck.networks.artifacts import save_model  # noqa: E402
+import limbeck
+from limbeck.adapters.transformers import DistillationTrainer
+from limbeck.blocks.projectors import make_projector
+from limbeck.core.batch import Batch, Losses
+from limbeck.core.errors import InputError
+from limbeck.losses.features import hint
+from limbeck.methods.models import KD
+from limbeck.networks.artifacts import save_model
 
 
 def bert(width: int) -> Any:

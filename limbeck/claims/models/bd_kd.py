@@ -39,7 +39,7 @@ def claim(data_root: str | None = None) -> Claim:
     def offline(chosen: Mapping[str, Any], seed: int) -> Outcome:
         return common.train("kd", on, {**SHARED, **chosen}, seed, student=SETUP["student"], teacher=SETUP["teacher"])
 
-    nll = {"metric": "nll", "higher_is_better": False}
+    nll: Any = {"metric": "nll", "higher_is_better": False}
     return Claim(
         name="bd-kd",
         arms={
