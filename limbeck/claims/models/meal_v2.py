@@ -44,8 +44,7 @@ from limbeck.tasks.teachers import reference_teacher
 
 RATES = ({"lr": 0.01}, {"lr": 0.03}, {"lr": 0.1})
 STUDENT_STEPS, STEPS = 900, 900
-TEACHERS = ("cnn-w24-s3-b2", "cnn-w16-s3-b2", "convnet-w24-d3")
-TEACHERS_DIGITS = ("cnn-w32-s3", "cnn-w16-s3-b2", "cnn-w24-s3")
+TEACHERS = ("cnn-w32-s3", "cnn-w16-s3-b2", "cnn-w24-s3")
 COMMON = {
     "optimizer": "sgd",
     "evaluations": 0,
@@ -65,22 +64,22 @@ class Ground:
     @property
     def task(self) -> Task:
         if self.on_mnist:
-            return common.task(self.data_root, "mnist", 500, image_size=14)
+            return common.task(self.data_root, "mnist", 2000, image_size=8)
         return common.task(None, "digits", 300)
 
     @property
     def student(self) -> str:
-        return "cnn-w8-s3" if self.on_mnist else "cnn-w4-s3"
+        return "cnn-w4-s3"
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        return TEACHERS if self.on_mnist else TEACHERS_DIGITS
+        return TEACHERS
 
 
 @functools.lru_cache(maxsize=2)
 def _teachers(ground: Ground) -> list[nn.Module]:
     return [
-        reference_teacher(ground.task, name, seed=number, epochs=100, progress=False)
+        reference_teacher(ground.task, name, seed=number, epochs=30 if ground.on_mnist else 100, progress=False)
         for number, name in enumerate(ground.teachers)
     ]
 

@@ -166,9 +166,11 @@ class ModelDistiller(Method):
                 for name, value in losses.items():
                     if not bool(torch.isfinite(value)):
                         raise InputError(
-                            f"loss term '{name}' is {float(value)} on the first batch: check inputs and settings"
+                            f"loss term '{name}' is {value.item()} on the first batch: check inputs and settings"
                         )
-                losses.total.backward()
+                total = losses.total
+                if total.requires_grad:
+                    total.backward()
                 if all(p.grad is None for p in self.student.parameters()):
                     raise InputError("no gradient reaches the student: is it frozen, or does its forward detach?")
                 for name in self._frozen:

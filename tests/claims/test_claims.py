@@ -1,0 +1,133 @@
+"""The claim machinery: statistics, selection on validation data only, ledgers that resume, honest verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from limbeck.claims import claim_names, load_claim
+from limbeck.claims import verify as verifying
+from limbeck.claims.base import TUNING_SEEDS, Arm, Check, Claim, Outcome
+from limbeck.claims.compare import compare
+from limbeck.claims.statistics import overall, paired_difference
+from limbeck.core.errors import InputError, UnknownNameError
+
+
+def test_intervals_of_three_seeds_are_the_range():
+    d = paired_difference([1.0, 2.0, 6.0], [0.0, 0.0, 0.0])
+    assert (d.low, d.high) == (1.0, 6.0) and d.mean == 3.0
+
+
+def test_intervals_cover_about_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    for n in (5, 10):
+        hits = 0
+        for _ in range(300):
+            d = paired_difference(generator.normal(0.3, 1, n), np.zeros(n))
+            hits += d.low <= 0.3 <= d.high
+        assert 0.88 <= hits / 300 <= 1.0
+
+
+def test_differences_are_signed_so_that_positive_is_better():
+    assert paired_difference([0.1, 0.2], [0.3, 0.5], higher_is_better=False).mean == pytest.approx(0.25)
+    assert paired_difference([1.0, 1.0], [0.5, 0.5]).verdict() == "holds"
+    assert paired_difference([1.0, 1.0], [0.5, 0.5]).verdict(0.6) == "fails"
+    assert paired_difference([1.0, -1.0], [0.0, 0.0]).verdict() == "undecided"
+    assert overall(["holds", "undecided", "fails"]) == "fails"
+    assert overall(["holds", "undecided"]) == "undecided"
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict, int]]:
+    """A claim without training, whose arms record their calls. Candidate 1 is best on validation and worst on test data."""
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    calls: list[tuple[str, dict, int]] = []
+
+    def arm(name: str, base: float):
+        def train(settings, seed):
+            calls.append((name, dict(settings), seed))
+            level = base + 0.01 * (seed % 10)
+            return Outcome({"accuracy": level + settings.get("x", 0)}, {"accuracy": level - settings.get("x", 0)})
+
+        return train
+
+    claim = Claim(
+        "kd",
+        {
+            "kd": Arm("method", "m", arm("kd", 0.9), ({"x": 0.0}, {"x": 0.2}, {"x": 0.1})),
+            "supervised": Arm("baseline", "b", arm("supervised", 0.5)),
+        },
+        [Check("better", "kd", "supervised", "accuracy")],
+        {"name": "made up"},
+        seeds=3,
+    )
+    monkeypatch.setattr(verifying, "load_claim", lambda name, root=None: claim)
+    return calls
+
+
+def test_candidates_are_chosen_on_validation_data_of_tuning_seeds(made_up, tmp_path: Path):
+    result = verifying.verify("kd", out=tmp_path, quiet=True)
+    assert result["arms"]["kd"]["settings"] == {"x": 0.2}
+    assert {s for n, _, s in made_up if n == "supervised"} == {0, 1, 2}
+    tuned = [(settings["x"], seed) for n, settings, seed in made_up if n == "kd" and seed in TUNING_SEEDS]
+    assert sorted(tuned) == sorted((x, s) for x in (0.0, 0.1, 0.2) for s in TUNING_SEEDS)
+    assert result["arms"]["kd"]["metrics"]["accuracy"] == pytest.approx([0.7, 0.71, 0.72])
+    assert result["verdict"] == "holds" and result["difference"]["mean"] == pytest.approx(0.2)
+    stored = json.loads((tmp_path / "kd.json").read_text())
+    for key in ("name", "claim", "verdict", "arms", "difference", "seeds", "data", "seconds", "commit", "note"):
+        assert key in stored
+
+
+def test_a_killed_check_goes_on_where_it_was(made_up, tmp_path: Path):
+    verifying.verify("kd", quiet=True)
+    count = len(made_up)
+    ledger = next((tmp_path / "cache" / "claims").glob("kd-*.jsonl"))
+    lines = ledger.read_text().splitlines()
+    ledger.write_text("\n".join(lines[:-2]) + "\n" + lines[-1][:20])  # one lost, one cut off in the middle
+    verifying.verify("kd", quiet=True)
+    assert len(made_up) == count + 2
+    verifying.verify("kd", quiet=True, fresh=True)
+    assert len(made_up) == 2 * count + 2
+
+
+def test_few_seeds_give_no_verdict(made_up):
+    result = verifying.verify("kd", seeds=2, quiet=True)
+    assert result["verdict"] == "undecided" and result["note"].startswith("Only 2 seed(s)")
+    with pytest.raises(InputError, match="at least 1"):
+        verifying.verify("kd", seeds=0)
+
+
+def test_every_claim_can_be_built_on_bundled_data(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LIMBECK_DATA", raising=False)
+    names = claim_names()
+    assert {"kd", "bd-kd", "ofa-kd", "meal-v2"} <= set(names)
+    for name in names:
+        claim = load_claim(name)
+        assert claim.name == name and claim.seeds >= 3
+        assert any(c.headline for c in claim.checks)
+        assert {c.method for c in claim.checks} | {c.baseline for c in claim.checks} <= set(claim.arms)
+        tuned = [len(a.candidates) for a in claim.arms.values() if a.role == "baseline"]
+        methods = [len(a.candidates) for a in claim.arms.values() if a.role == "method"]
+        assert min(tuned) >= min(methods), f"{name}: a baseline has fewer candidates than the method"
+    with pytest.raises(InputError, match="no claim to verify"):
+        load_claim("supervised")
+
+
+def test_comparison_gives_equal_budgets_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    setup = {"student": "mlp-8", "teacher": ("mlp-32",), "train_size": 100, "teacher_epochs": 5.0, "augment": False}
+    found = compare(["kd", "supervised"], setup, seeds=2, steps=20, out=tmp_path / "c", quiet=True)
+    assert found["steps"] == 20 and set(found["methods"]) == {"kd", "supervised"}
+    assert found["methods"]["kd"]["curve"][-1][0] == found["methods"]["supervised"]["curve"][-1][0] == 20
+    (d,) = found["differences"]
+    own = found["methods"]["kd"]["metrics"]["accuracy"][0] - found["methods"]["supervised"]["metrics"]["accuracy"][0]
+    assert d["per_seed"][0] == pytest.approx(own)
+    again = compare(["kd", "supervised"], setup, seeds=2, steps=20, out=tmp_path / "c", quiet=True)
+    assert again["methods"]["kd"]["seconds"] == found["methods"]["kd"]["seconds"]
+    with pytest.raises(UnknownNameError, match="unknown metric 'acuracy'; did you mean accuracy"):
+        compare(["kd", "supervised"], setup, seeds=2, steps=20, metric="acuracy", out=tmp_path / "c", quiet=True)
+    with pytest.raises(InputError, match="at least two"):
+        compare(["kd", "KD"], setup)
