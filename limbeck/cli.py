@@ -170,9 +170,10 @@ def _run(arguments: list[str]) -> int:
         )
         raise InputError("name a method: limbeck run NAME (see: limbeck methods)")
     from limbeck import catalogue
-    from limbeck.core.engine import EngineConfig
 
     card = catalogue.get(arguments[0])
+    from limbeck.core.engine import EngineConfig
+
     cls: Any = card.load()
     parser = _Parser(f"limbeck run {card.name}", description=card.summary, formatter_class=argparse.HelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TASK-N)")

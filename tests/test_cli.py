@@ -23,7 +23,9 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def limbeck(*arguments: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "limbeck", *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "limbeck", *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["methods", "--json"], ["show", "kd"], ["--version"]])
@@ -51,7 +53,7 @@ def test_methods_as_json_and_by_family(env, tmp_path: Path):
         (["run", "kd", "--optimizer", "adamm"], "--optimizer must be one of adamw, adam, sgd (got 'adamm')"),
         (["run", "kd", "--preset", "papers"], "unknown preset 'papers'; did you mean paper"),
         (["run", "kd", "--task", "mnist"], "task 'mnist' needs its data"),
-        (["run", "kd", "--student", "resnet21"], "resnet21"),
+        (["run", "kd", "--student", "resnet21"], "got 21"),
         (["run", "kd", "--student", "no.such:thing"], "no.such"),
         (["methods", "--family", "model"], "unknown family 'model'; did you mean models"),
         (["show", "kdd"], "unknown method 'kdd'"),
@@ -65,20 +67,32 @@ def test_methods_as_json_and_by_family(env, tmp_path: Path):
         (["compare", "kd"], "at least two different methods"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_two(arguments: list[str], line: str, env, tmp_path: Path):
-    env.pop("LIMBECK_DATA", None)
-    done = limbeck(*arguments, env=env, cwd=tmp_path)
-    said = done.stderr.strip()
-    assert done.returncode == 2, done.stderr
-    assert said.startswith("limbeck: ") and line in said and "\n" not in said and "Traceback" not in said
-    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+def test_mistakes_are_one_line_and_exit_two(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from limbeck.cli import main
+
+    monkeypatch.delenv("LIMBECK_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("limbeck: ") and line in said and "\n" not in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_mistake_in_a_real_process(env, tmp_path: Path):
+    done = limbeck("run", "kd", "--temperature", "hot", env=env, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "limbeck: --temperature must be float > 0 (got 'hot')\n"
 
 
 def test_run_report_export_and_taps(env, tmp_path: Path):
     done = limbeck("run", "kd", *SMALL, "--epochs", "3", "--out", "one", env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "student" in done.stdout and "teacher" in done.stdout
-    assert (tmp_path / "one" / "report.html").exists() and (tmp_path / "one" / "artifact" / "model.safetensors").exists()
+    assert (tmp_path / "one" / "report.html").exists() and (
+        tmp_path / "one" / "artifact" / "model.safetensors"
+    ).exists()
     again = limbeck("run", "kd", *SMALL, "--epochs", "3", "--out", "one", env=env, cwd=tmp_path)
     assert again.returncode == 2 and "holds a run already" in again.stderr
     assert limbeck("export", "one", "--to", "onnx", env=env, cwd=tmp_path).returncode == 0
@@ -98,7 +112,13 @@ def test_help_lists_every_setting_with_its_range(env, tmp_path: Path):
 def test_a_killed_run_resumes_from_its_folder_alone(env, tmp_path: Path):
     flags = [*SMALL, "--epochs", "400", "--checkpoint-seconds", "0"]
     assert limbeck("run", "kd", *flags, "--out", "whole", "--no-report", env=env, cwd=tmp_path).returncode == 0
-    process = subprocess.Popen([sys.executable, "-m", "limbeck", "run", "kd", *flags, "--out", "cut", "--no-report"], env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "limbeck", "run", "kd", *flags, "--out", "cut", "--no-report"],
+        env=env,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     began = time.monotonic()
     while not (tmp_path / "cut" / "checkpoint.pt").exists() and time.monotonic() - began < 100:
         time.sleep(0.01)
@@ -114,7 +134,9 @@ def test_a_killed_run_resumes_from_its_folder_alone(env, tmp_path: Path):
 
 def test_ctrl_c_is_one_line_and_resumable(env, tmp_path: Path):
     command = [sys.executable, "-m", "limbeck", "run", "kd", *SMALL, "--epochs", "20000", "--out", "x"]
-    process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     began = time.monotonic()
     while not (tmp_path / "x" / "checkpoint.pt").exists() and time.monotonic() - began < 100:
         time.sleep(0.01)
@@ -127,6 +149,19 @@ def test_ctrl_c_is_one_line_and_resumable(env, tmp_path: Path):
 
 
 def test_compare_writes_a_page(env, tmp_path: Path):
-    done = limbeck("compare", "kd", "supervised", "--seeds", "2", "--steps", "15", *[s for s in SMALL if s != "--no-progress"], "--out", "c", env=env, cwd=tmp_path)
+    done = limbeck(
+        "compare",
+        "kd",
+        "supervised",
+        "--seeds",
+        "2",
+        "--steps",
+        "15",
+        *[s for s in SMALL if s != "--no-progress"],
+        "--out",
+        "c",
+        env=env,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c" / "comparison.html").exists() and "supervised" in done.stdout

@@ -46,7 +46,7 @@ class DistillationTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's own optimiser, with a further group for what the method trains besides the student."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        own: nn.Module = self.model
+        own: Any = self.model
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         student = {id(p) for p in own.parameters()}
         extra = [p for p in self.method.trainable_parameters() if id(p) not in known and id(p) not in student]

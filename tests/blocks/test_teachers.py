@@ -23,7 +23,9 @@ QUIET = EngineConfig(progress=False, device="cpu", log_every=1)
 
 def net(width: int = 6, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * 16, 4))
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * 16, 4)
+    )
 
 
 def images(n: int = 24) -> TensorData:
@@ -106,7 +108,9 @@ def test_changed_weights_data_or_taps_name_another_file(tmp_path: Path):
     assert a.key() == b.key()
     with torch.no_grad():
         b.models[0][4].bias.add_(1e-3)
-    folders = {OutputCache(tmp_path, d, t.key()).folder for d in (data, other) for t in (a, b, Teachers(net(), taps=["0"]))}
+    folders = {
+        OutputCache(tmp_path, d, t.key()).folder for d in (data, other) for t in (a, b, Teachers(net(), taps=["0"]))
+    }
     assert len(folders) == 6
 
 

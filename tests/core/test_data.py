@@ -15,7 +15,9 @@ from limbeck.tasks.augment import ShiftFlip
 
 def images(n: int = 20, **settings) -> TensorData:
     generator = torch.Generator().manual_seed(0)
-    return TensorData((torch.rand(n, 1, 6, 6, generator=generator) * 255).to(torch.uint8), torch.arange(n) % 3, **settings)
+    return TensorData(
+        (torch.rand(n, 1, 6, 6, generator=generator) * 255).to(torch.uint8), torch.arange(n) % 3, **settings
+    )
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

@@ -1,8 +1,8 @@
 """Does a small student gain from a teacher's softened probabilities, over the same student trained on labels alone?
 
-Few labelled images, so that there is something to gain; equal updates, batch size and augmentation; learning rate chosen on
-validation data from the same list for both, temperature and weight from two more candidates each for neither: they are fixed
-beforehand to the usual values.
+Few labelled images, so that there is something to gain; both arms get the same updates, batches, augmentation and initial
+weights. The learning rate of each is chosen from the same list on validation data; temperature 4 and weight 0.9 are fixed
+beforehand to the usual values, so the method has no candidate that the baseline lacks.
 """
 
 from __future__ import annotations
@@ -14,24 +14,20 @@ from limbeck.claims.base import Arm, Check, Claim, Outcome
 from limbeck.claims.models import common
 
 RATES = ({"lr": 2e-3}, {"lr": 5e-3}, {"lr": 1e-2})
-STEPS = 1200
+STEPS = 2000
+SETUP = {"student": "mlp-32-32", "teacher": ("mlp-256-256",), "teacher_epochs": 200.0}
 
 
 def claim(data_root: str | None = None) -> Claim:
-    """MNIST with 1,000 training images where it is given, else all 1,000 digits; a 0.9 k-parameter student."""
+    """1,000 training images of MNIST where it is given, else 300 of the digits, with random shifts."""
     on_mnist = common.available("mnist", data_root)
     on = common.task(data_root, "mnist", 1000) if on_mnist else common.task(None, "digits", 300)
-    setup = (
-        {"student": "cnn-w4-s3", "teacher_epochs": 60.0}
-        if on_mnist
-        else {"student": "cnn-w4-s2", "teacher_epochs": 60.0}
-    )
 
     def alone(settings: Mapping[str, Any], seed: int) -> Outcome:
-        return common.train("supervised", on, {"steps": STEPS, **settings}, seed, student=setup["student"])
+        return common.train("supervised", on, {"steps": STEPS, **settings}, seed, student=SETUP["student"])
 
     def distilled(settings: Mapping[str, Any], seed: int) -> Outcome:
-        return common.train("kd", on, {"steps": STEPS, **settings}, seed, **setup)
+        return common.train("kd", on, {"steps": STEPS, **settings}, seed, **SETUP)
 
     return Claim(
         name="kd",
@@ -45,5 +41,5 @@ def claim(data_root: str | None = None) -> Claim:
         ],
         data=on.describe(),
         seeds=5,
-        settings={"steps": STEPS, **setup},
+        settings={"steps": STEPS, **SETUP},
     )

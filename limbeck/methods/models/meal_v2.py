@@ -51,7 +51,8 @@ class MEALV2(OfflineDistiller):
       recognised; D has a ReLU after its last layer, which can die.
     - ``none``: no discriminator.
 
-    ``w`` scales the term for D and student alike. With few classes D easily dominates; keep it at 1 or below.
+    ``w`` scales the term for D and student alike. It is 1 in the paper, for 1,000 classes. Against few classes D dominates (with
+    10 of them the student's logits grow to the teachers' scale and its likelihood suffers), so the default is 0.1.
 
     Options. ``cutmix`` pastes a box from another image of the batch into each image before anybody looks; the target is simply
     :math:`\bar p` of the mixed image. ``compress_top_k`` trains on what a store of soft labels would keep, see
@@ -83,7 +84,7 @@ class MEALV2(OfflineDistiller):
     """Networks that join the task's own teacher where a run by name is not told which teachers to take."""
 
     class Config(OfflineDistiller.Config):
-        lr: float = Field(2e-4, gt=0, description="peak learning rate of the distillation; a tenth of student_lr")
+        lr: float = Field(1e-3, gt=0, description="peak learning rate of the distillation; a tenth of student_lr")
         weight_decay: float = Field(
             0.0, ge=0, description="weight decay of the distillation; 0, soft labels regularise"
         )
@@ -97,7 +98,9 @@ class MEALV2(OfflineDistiller):
             "min_max",
             description="student against the discriminator (the paper), with it (the published code), or no discriminator",
         )
-        discriminator_weight: float = Field(1.0, ge=0, description="weight of the discriminator's loss")
+        discriminator_weight: float = Field(
+            0.1, ge=0, description="weight of the discriminator's loss; lower for few classes, where it dominates"
+        )
         discriminator_lr: float | None = Field(
             None,
             gt=0,
@@ -122,7 +125,7 @@ class MEALV2(OfflineDistiller):
             description="passes over labelled data that train the student first; "
             f"none: {STUDENT_EPOCHS:.0f} by name, 0 for a student of your own",
         )
-        student_lr: float = Field(2e-3, gt=0, description="peak learning rate of that first stage (cosine)")
+        student_lr: float = Field(1e-2, gt=0, description="peak learning rate of that first stage (cosine)")
         student_weight_decay: float = Field(1e-4, ge=0, description="weight decay of that first stage")
 
         presets = {
@@ -132,6 +135,7 @@ class MEALV2(OfflineDistiller):
                 "optimizer": "sgd",
                 "lr": 0.01,
                 "student_lr": 0.1,
+                "discriminator_weight": 1.0,
             },
             "official": {
                 "epochs": 180,
@@ -140,6 +144,7 @@ class MEALV2(OfflineDistiller):
                 "lr": 0.01,
                 "student_lr": 0.1,
                 "adversarial": "official",
+                "discriminator_weight": 1.0,
             },
         }
 

@@ -34,7 +34,9 @@ class Fixed(nn.Module):
 @pytest.fixture
 def logits() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    student = torch.randn(6, 5, generator=generator, dtype=torch.float64) * torch.tensor([[0.2], [3], [1], [4], [0.5], [2]])
+    student = torch.randn(6, 5, generator=generator, dtype=torch.float64) * torch.tensor(
+        [[0.2], [3], [1], [4], [0.5], [2]]
+    )
     return student, torch.randn(6, 5, generator=generator, dtype=torch.float64) * 1.5
 
 

@@ -131,10 +131,22 @@ class Detached(nn.Module):
     ("method", "given", "line"),
     [
         (lambda: KD(net(), net(classes=5)), batch(), "student has 3 classes and the teacher 5|3.*5"),
-        (lambda: KD(net(), net(seed=1)), Batch(torch.randn(4, 4), torch.tensor([0, 1, 2, 7])), "labels go from 0 to 7, but the student has classes 0 to 2"),
+        (
+            lambda: KD(net(), net(seed=1)),
+            Batch(torch.randn(4, 4), torch.tensor([0, 1, 2, 7])),
+            "labels go from 0 to 7, but the student has classes 0 to 2",
+        ),
         (lambda: KD(net(), net(seed=1)), Batch(torch.randn(4, 4), torch.rand(4)), "class indices must be integers"),
-        (lambda: KD(net(), net(seed=1)), Batch(torch.randn(2, 4), torch.rand(2, 5)), "soft labels for 5 classes, but the student has 3"),
-        (lambda: KD(net(), net(seed=1)), Batch(torch.full((4, 4), float("nan")), torch.zeros(4).long()), "loss term '.*' is nan on the first batch"),
+        (
+            lambda: KD(net(), net(seed=1)),
+            Batch(torch.randn(2, 4), torch.rand(2, 5)),
+            "soft labels for 5 classes, but the student has 3",
+        ),
+        (
+            lambda: KD(net(), net(seed=1)),
+            Batch(torch.full((4, 4), float("nan")), torch.zeros(4).long()),
+            "loss term '.*' is nan on the first batch",
+        ),
         (lambda: Supervised(Detached()), batch(), "no gradient reaches the student"),
     ],
 )
@@ -168,8 +180,16 @@ def test_a_teacher_no_better_than_chance_is_warned_about():
 def test_fit_on_own_modules_and_arrays(tmp_path):
     student = net()
     run = limbeck.fit(
-        "kd", (data().inputs, data().labels), student=student, teacher=net(16, seed=1), test=data(), epochs=3, alpha=0.1,
-        out=tmp_path / "run", engine={"progress": False}, batch_size=20,
+        "kd",
+        (data().inputs, data().labels),
+        student=student,
+        teacher=net(16, seed=1),
+        test=data(),
+        epochs=3,
+        alpha=0.1,
+        out=tmp_path / "run",
+        engine={"progress": False},
+        batch_size=20,
     )
     assert run.measures("student")["parameters"] == sum(p.numel() for p in student.parameters())
     assert 0 <= run.result["agreement"]["top1_agreement"] <= 1

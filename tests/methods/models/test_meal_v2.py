@@ -165,7 +165,7 @@ def test_the_official_sum_gives_the_student_the_cooperative_gradient() -> None:
         return method.losses(batch)["discriminator"].item() - before.item()
 
     assert recognised_after_a_step(+1) < 0 < recognised_after_a_step(-1)
-    official, batch = make(adversarial="official")
+    official, batch = make(adversarial="official", discriminator_weight=1.0)
     alone, _ = make(adversarial="none")
     found = torch.autograd.grad(official(batch), official.student.logits)[0]
     base = torch.autograd.grad(alone(batch), alone.student.logits)[0]
@@ -197,7 +197,7 @@ def test_hard_labels_are_an_extra_term_and_are_needed_then() -> None:
     losses = method.losses(Batch(batch.inputs, labels))
     assert losses["ce"].item() == pytest.approx(F.cross_entropy(random_logits(0), labels).item())
     assert losses.total.item() == pytest.approx(
-        (losses["similarity"] + losses["discriminator"] + 0.3 * losses["ce"]).item()
+        (losses["similarity"] + 0.1 * losses["discriminator"] + 0.3 * losses["ce"]).item()
     )
     with pytest.raises(InputError, match="needs labels"):
         method(batch)
@@ -289,6 +289,7 @@ def test_settings_that_do_not_go_together() -> None:
 def test_published_values_are_presets() -> None:
     paper, official = MEALV2.Config.make("paper"), MEALV2.Config.make("official")
     assert (paper.lr, paper.epochs, paper.batch_size, paper.weight_decay) == (0.01, 180, 512, 0)
+    assert paper.discriminator_weight == official.discriminator_weight == 1
     assert (paper.adversarial, official.adversarial) == ("min_max", "official")
     optimised = MEALV2(small_net(0), small_net(1), paper.replace(steps=180)).optimisers(180)["student"]
     assert optimised.scheduler is not None
@@ -430,7 +431,7 @@ def test_a_student_of_ones_own_is_taken_as_it_is() -> None:
     stages = build(student_epochs=4.0).stages(small_data())
     assert [(s.name, s.steps) for s in stages] == [("student", 20), ("distillation", 24)]
     made = stages[0].optimisers()["student"].optimizer.param_groups[0]
-    assert (made["initial_lr"], made["weight_decay"]) == (2e-3, 1e-4)
+    assert (made["initial_lr"], made["weight_decay"]) == (1e-2, 1e-4)
     with pytest.raises(InputError, match="student_epochs=0"):
         build(student_epochs=4.0).stages(small_data(labels=False))
 

@@ -1,0 +1,39 @@
+"""Run every benchmark and write ``benchmarks/README.md``."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from benchmarks import engine_overhead, teacher_cache
+
+_HEAD = """# Benchmarks
+
+`make bench` runs these and rewrites this page. Seconds mean nothing from one machine to the next, so every number is a ratio
+of two things that ran side by side in one process, the median over rounds; best and worst round in brackets.
+
+| what | against | ratio | bound | |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def main() -> None:
+    rows = [
+        ("a step of `kd` through the engine", "the same step by hand in plain PyTorch", engine_overhead.measure()),
+        ("an epoch with the teacher cache", "the same epoch without it", teacher_cache.measure()),
+    ]
+    text = _HEAD
+    for what, rival, found in rows:
+        kept = "kept" if found["ratio"] <= found["allowed"] else "**missed**"
+        extra = f" (teacher/student FLOPs {found['flops_ratio']:.1f})" if "flops_ratio" in found else ""
+        text += f"| {what}{extra} | {rival} | {found['ratio']:.3f} [{found['best']:.3f}, {found['worst']:.3f}] | {found['allowed']} | {kept} |\n"
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    text += f"\nMeasured on {platform.machine()}, {device}, PyTorch {torch.__version__.split('+')[0]}.\n"
+    Path(__file__).with_name("README.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
