@@ -1,6 +1,6 @@
 """Does training a trained student on against an ensemble's mean probabilities, without labels, beat training it on with them?
 
-Fixed beforehand, and why:
+Fixed before any test data was looked at, and why (what pilots on validation data decided is said where it did):
 
 - Few labelled images (500 of MNIST at 14x14 pixels, or 300 digits), so that teachers know more than the student can learn from
   labels. Three teachers of different architectures and seeds, trained on the same images; nobody sees others.
@@ -14,18 +14,20 @@ Fixed beforehand, and why:
   labels (weight of the teacher 0.9, the usual value), which gets the teacher that is best on validation data.
 - Accuracy is the measure of the verdict, since it is what the paper reports and its title names. Likelihood is reported: soft
   targets improve it even where accuracy has nothing left to gain, so it would be the easier test.
-- The weight of the discriminator is the default, 0.1. It was lowered from the paper's 1 on validation data, where 1 cost a
-  student with 10 classes about a point of accuracy. The baselines got no such choice besides their learning rate.
+- The weight of the discriminator is the default, 0.1. It was lowered from the paper's 1 on validation data of one tuning seed,
+  where 1 cost a student with 10 classes about a point of accuracy and raised its negative log-likelihood. The baselines got no
+  such choice besides their learning rate.
 
-The verdict rests on the comparison with longer training at equal updates: that a deployed network gains without labels is the
-paper's claim. The comparison with labels plus one softened teacher was meant to be part of it and is only reported. In pilots
-on validation data (two seeds) that baseline was ahead of the method by 0.3 and 1.7 points at temperature 4, and stayed ahead
-in likelihood. A likely reason is that teachers of few images are nearly certain of those they were trained on (0.97 on average
-here), so that at temperature 1, which the method prescribes, they say little more than the labels; the paper's teachers, with
-random crops of a million images, are not. The same baseline at temperature 1 is measured too, to see how much is temperature.
+The verdict rests on two comparisons: with longer training at equal updates (else the gain could be the extra updates), and with
+labels plus one softened teacher (else any distillation would do). Pilots on validation data of two tuning seeds had this second
+baseline ahead of the method by 1.8 and 2.5 points at temperature 4, and behind it at temperature 1. The reason seems to be that
+teachers of few images are certain of those they were trained on (mean largest probability 0.997 there): at temperature 1, which the
+method prescribes, they say little more than the labels. The paper's teachers, with random crops of a million images, are not so
+certain. The same baseline at temperature 1 is run to look at this. Other ground was piloted: with the same images but teachers
+trained for 700 steps (mean largest probability 0.972) the method was 1.4 points ahead of longer training on both seeds and still
+behind temperature 4; with 2,000 images of 8x8 pixels no distillation gained anything over longer training.
 
-What the paper's ablations say is reported: averaged teachers against a random one per batch, no discriminator, labels added,
-weight decay turned on, random weights at the start. The paper calls the discriminator's effect small, so "with" and "without"
+What the paper's ablations say is reported: no discriminator, labels added, weight decay turned on, random weights at the start. The paper calls the discriminator's effect small, so "with" and "without"
 are only asked to be within half a point.
 """
 
@@ -128,7 +130,7 @@ def _go_on(
     with preserved_random_state():
         seed_everything(mix_seed(seed, 4))  # the discriminator's weights
         made = cls(student, settings) if teachers is None else cls(student, Teachers(teachers), settings)
-    if teachers is not None:
+    if teachers is not None and not getattr(settings, "cutmix", False):
         made.cache_teacher(task.train, Path(_cache_folder(ground).name))
     return common.run(made, task, seed)
 
@@ -173,21 +175,13 @@ def claim(data_root: str | None = None) -> Claim:
             ),
             "with-labels": arm("control", "MEAL V2 and cross-entropy on the labels", hard_label_weight=1.0),
             "weight-decay": arm("control", "MEAL V2 with weight decay 5e-4", weight_decay=5e-4),
-            "random-teacher": arm("control", "one teacher a batch, as the first MEAL", teacher_choice="random"),
         },
         checks=[
             Check("it is more accurate than longer training with labels", "meal-v2", "longer", "accuracy"),
+            Check("it is more accurate than one softened teacher with labels", "meal-v2", "kd", "accuracy"),
             *(
                 Check(statement, method, baseline, metric, margin, higher, headline=False)
                 for statement, method, baseline, metric, margin, higher in (
-                    (
-                        "it is more accurate than one softened teacher with labels",
-                        "meal-v2",
-                        "kd",
-                        "accuracy",
-                        0.0,
-                        True,
-                    ),
                     (
                         "it is more accurate than one unsoftened teacher with labels",
                         "meal-v2",
@@ -210,7 +204,6 @@ def claim(data_root: str | None = None) -> Claim:
                     ("a trained start beats a random one", "meal-v2", "random-init", "accuracy", 0.0, True),
                     ("labels are not needed", "meal-v2", "with-labels", "accuracy", -WITHIN, True),
                     ("weight decay is not needed", "meal-v2", "weight-decay", "accuracy", -WITHIN, True),
-                    ("all teachers are better than a random one", "meal-v2", "random-teacher", "accuracy", 0.0, True),
                     ("the discriminator does no harm", "meal-v2", "no-discriminator", "accuracy", -WITHIN, True),
                     ("the discriminator matters little", "no-discriminator", "meal-v2", "accuracy", -WITHIN, True),
                 )
@@ -218,6 +211,7 @@ def claim(data_root: str | None = None) -> Claim:
         ],
         data=ground.task.describe(),
         seeds=5,
+        note=note,
         settings={
             "student": ground.student,
             "teachers": list(ground.teachers),
@@ -225,4 +219,16 @@ def claim(data_root: str | None = None) -> Claim:
             "steps": STEPS,
             **COMMON,
         },
+    )
+
+
+def note(result: Mapping[str, Any]) -> str:
+    """Where the method stands between longer training and a softened teacher, and why."""
+    mean = {arm: sum(v := found["metrics"]["accuracy"]) / len(v) for arm, found in result["arms"].items()}
+    return (
+        f"Mean test accuracy: MEAL V2 {mean['meal-v2']:.1%}, longer training {mean['longer']:.1%}, one teacher and labels "
+        f"{mean['kd']:.1%} at temperature 4 and {mean['kd-t1']:.1%} at temperature 1. Teachers of few images are nearly certain of "
+        "their own training images, so at temperature 1, which the method prescribes, they say little more than the labels; "
+        "softening brings out the rest. The paper's teachers, with a million images and random crops, are less certain; that "
+        "scale was not run. The weight of the discriminator, 0.1 instead of the paper's 1, was set on validation data."
     )

@@ -523,6 +523,7 @@ def test_by_name_trains_the_student_first_and_asks_three_teachers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("limbeck.tasks.teachers.MIN_STEPS", 1)
     settings = {"task": "digits", "train_size": 100, "teacher_epochs": 1, "student_epochs": 2, "steps": 4}
     quiet = {"progress": False}
     run = limbeck.fit("meal-v2", out=tmp_path / "run", engine=quiet, evaluations=1, **settings)
