@@ -144,10 +144,22 @@ def _fitting(settings: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 def _measure(cls: Any, task: Any, setup: Mapping[str, Any], config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     began = time.monotonic()
-    method = cls.on_task(task, validate(cls.Setup, setup), validate(cls.Config, config), seed=seed, progress=False)
-    rows = Engine(None, EngineConfig(progress=False), seed=mix_seed(seed, 2)).run(
-        method, method.stages(task.train, task.val, seed=seed)
-    )
+
+    def built(steps: int) -> tuple[Any, list[Any]]:
+        checked = validate(cls.Config, {**config, "steps": steps})
+        made = cls.on_task(task, validate(cls.Setup, setup), checked, seed=seed, progress=False)
+        return made, made.stages(task.train, task.val, seed=seed)
+
+    method, stages = built(config["steps"])
+    extra = sum(stage.steps for stage in stages) - config["steps"]
+    if extra:  # further stages count too: the last one gets what they leave
+        if extra >= config["steps"]:
+            raise InputError(
+                f"{cls.name} needs {extra} updates before its last stage, as many as the whole budget of {config['steps']}: "
+                "raise --steps"
+            )
+        method, stages = built(config["steps"] - extra)
+    rows = Engine(None, EngineConfig(progress=False), seed=mix_seed(seed, 2)).run(method, stages)
     test = next(r for r in method.evaluate(task.test, task.class_names)["rows"] if r["who"] == "student")
     curve = [[r["step"], r["accuracy"]] for r in rows if r["split"] == "val" and "accuracy" in r]
     measures = {

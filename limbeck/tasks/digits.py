@@ -32,7 +32,7 @@ def load(config: TaskConfig) -> Task:
         num_classes=10,
         in_shape=(1, 8, 8),
         class_names=[str(c) for c in range(10)],
-        networks={"student": "cnn-w4-s2", "teacher": "cnn-w32-s3"},
+        networks={"student": "cnn-w8-s3", "teacher": "cnn-w32-s3"},
         teacher_epochs=40,
         source="scikit-learn's digits (UCI Optical Recognition of Handwritten Digits, test part), 1,797 images",
     )

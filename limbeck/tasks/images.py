@@ -34,7 +34,7 @@ MAX_BYTES = 4 << 30  # decoded images beyond this are refused rather than swappe
 
 def load_mnist(config: TaskConfig) -> Task:
     """MNIST from ``<data root>/mnist``: 55,000 training, 5,000 validation, 10,000 test images, (1, 28, 28)."""
-    return _known(config, "mnist", val=5000, shift=2, flip=False, student="cnn-w4-s3", teacher="cnn-w16-s3", epochs=4)
+    return _known(config, "mnist", val=5000, shift=2, flip=False, student="cnn-w8-s3", teacher="cnn-w32-s3", epochs=4)
 
 
 def load_cifar10(config: TaskConfig) -> Task:

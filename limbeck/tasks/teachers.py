@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 
 from limbeck import networks
@@ -82,17 +86,26 @@ def reference_teacher(
     with preserved_random_state():
         seed_everything(mix_seed(seed, 101))
         model = networks.build(name, in_shape=_image_shape(task), num_classes=task.num_classes)
-        if not (folder / WEIGHTS).exists():
-            training = ReferenceTraining(model, epochs=epochs, warmup=0.1, lr=5e-3, weight_decay=0.01)
-            engine = Engine(folder, EngineConfig(progress=progress), seed=mix_seed(seed, 103))
-            engine.run(training, [training.stage(task.train, seed)], resume=True)
-            save_weights(model.cpu(), folder / WEIGHTS)
-            write_json(
-                folder / "about.json", {"task": task.describe(), "network": name, "seed": seed, "epochs": epochs}
-            )
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if not (folder / WEIGHTS).exists():
+                training = ReferenceTraining(model, epochs=epochs, warmup=0.1, lr=5e-3, weight_decay=0.01)
+                engine = Engine(folder, EngineConfig(progress=progress), seed=mix_seed(seed, 103))
+                engine.run(training, [training.stage(task.train, seed)], resume=True)
+                save_weights(model.cpu(), folder / WEIGHTS)
+                write_json(
+                    folder / "about.json", {"task": task.describe(), "network": name, "seed": seed, "epochs": epochs}
+                )
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
         load_weights(model, folder / WEIGHTS)
     return model.eval()
+
+
+def _alone(folder: Path) -> AbstractContextManager[Any]:
+    """Unrelated processes that want the same teacher wait for the one that trains it; those of one launch train it together."""
+    if torch.distributed.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return nullcontext()
+    return FileLock(f"{folder}.lock")
 
 
 def _image_shape(task: Task) -> tuple[int, int, int]:

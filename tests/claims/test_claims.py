@@ -118,6 +118,7 @@ def test_every_claim_can_be_built_on_bundled_data(monkeypatch: pytest.MonkeyPatc
 
 def test_comparison_gives_equal_budgets_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("limbeck.tasks.teachers.MIN_STEPS", 1)
     setup = {"student": "mlp-8", "teacher": ("mlp-32",), "train_size": 100, "teacher_epochs": 5.0, "augment": False}
     found = compare(["kd", "supervised"], setup, seeds=2, steps=20, out=tmp_path / "c", quiet=True)
     assert found["steps"] == 20 and set(found["methods"]) == {"kd", "supervised"}
@@ -131,3 +132,19 @@ def test_comparison_gives_equal_budgets_and_goes_on(tmp_path: Path, monkeypatch:
         compare(["kd", "supervised"], setup, seeds=2, steps=20, metric="acuracy", out=tmp_path / "c", quiet=True)
     with pytest.raises(InputError, match="at least two"):
         compare(["kd", "KD"], setup)
+
+
+def test_further_stages_count_towards_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("limbeck.tasks.teachers.MIN_STEPS", 1)
+    setup = {
+        "student": "mlp-8",
+        "teacher": ("mlp-16",),
+        "train_size": 100,
+        "teacher_epochs": 1.0,
+        "student_epochs": 10.0,
+    }
+    with pytest.raises(InputError, match="meal-v2 needs 10 updates before its last stage"):
+        compare(["meal-v2", "supervised"], setup, seeds=2, steps=10, quiet=True)
+    found = compare(["supervised", "meal-v2"], setup, seeds=2, steps=15, quiet=True)
+    assert found["methods"]["meal-v2"]["curve"][-1][0] == 5  # ten updates went into the student's own stage
