@@ -6,15 +6,15 @@ the same number of updates and the same learning rate, which was chosen for the 
 data. Each arm has two candidates, chosen on validation data: the learning rate for the student alone, the temperature for plain
 distillation (1, as in the paper's comparison, and 4, as usual), the weight for hints, the exponent epsilon for OFA-KD.
 
-Fixed beforehand: the verdict rests on the first pair, where the student must be more accurate than the one trained on labels
-alone and no worse than under plain distillation by more than one point of accuracy (the paper says better; so short a training
-cannot tell a tie from a small gain). Reported whatever they say: the second pair; hints; the exponent 1, which takes the
-enhancement out of the target; no branches, which leaves the enhanced target on the final logits; and how alike the layers of
-networks of one family and of two families are (CKA), which is the paper's reason for leaving feature space.
+The verdict rests on both pairs: the student must be more accurate than the one trained on labels alone, and no worse than under
+plain distillation by more than half a point of accuracy (the paper says better, which is reported beside it). Reported whatever
+they say: hints; the exponent 1, which takes the enhancement out of the target; no branches, which leaves the enhanced target on
+the final logits; and how alike the layers of networks of one family and of two families are (CKA), which is the paper's reason
+for leaving feature space.
 
-Why the verdict is on this pair: pilots on validation data showed that within some hundred updates of a few hundred images the
-branches of a token student learn their training images by heart and teach it little, and that it gains less from OFA-KD than
-from plain distillation at temperature 4. The second pair stays in the table so that this can be seen.
+What pilots on validation data showed before the measurement: within some hundred updates of a few hundred images the branches of
+a token student learn their training images by heart and teach it little, and it gains less from OFA-KD than from plain
+distillation at temperature 4.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Hints(OfflineDistiller):
         return feature[:, self._prefix :] if feature.ndim == 3 else feature
 
 
+WITHIN = 0.005
 Train = Callable[[Mapping[str, Any], int], Outcome]
 
 
@@ -234,11 +235,11 @@ def claim(data_root: str | None = None) -> Claim:
                 "accuracy",
             ),
             Check(
-                "it is no worse than under plain distillation by more than one point",
+                "it is no worse than under plain distillation by more than half a point",
                 "ofa-cnn",
                 "kd-cnn",
                 "accuracy",
-                margin=-0.01,
+                margin=-WITHIN,
             ),
             *_reported("CNN student", cnn),
             Check("the branches help", "ofa-cnn", "ofa-final-cnn", "accuracy", headline=False),
@@ -247,15 +248,13 @@ def claim(data_root: str | None = None) -> Claim:
                 "ofa-mixer",
                 "supervised-mixer",
                 "accuracy",
-                headline=False,
             ),
             Check(
-                "it is no worse than under plain distillation by more than one point",
+                "it is no worse than under plain distillation by more than half a point",
                 "ofa-mixer",
                 "kd-mixer",
                 "accuracy",
-                margin=-0.01,
-                headline=False,
+                margin=-WITHIN,
             ),
             *_reported("Mixer student", mixer),
             Check(
@@ -268,6 +267,7 @@ def claim(data_root: str | None = None) -> Claim:
         ],
         data=to_cnn.on.describe(),
         seeds=5,
+        note=note,
         settings={
             pair.student: {
                 **pair.shared,
@@ -288,3 +288,21 @@ def _reported(who: str, suffix: str) -> list[Check]:
         Check(f"{who}: better than feature hints", ofa, f"hints-{suffix}", "accuracy", headline=False),
         Check(f"{who}: the enhanced target helps", ofa, f"ofa-eps1-{suffix}", "accuracy", headline=False),
     ]
+
+
+def note(result: Mapping[str, Any]) -> str:
+    """How the two pairs differ, and what was chosen."""
+    mean = {
+        arm: sum(v := found["metrics"]["accuracy"]) / len(v)
+        for arm, found in result["arms"].items()
+        if "accuracy" in found["metrics"]
+    }
+    lines = [
+        f"{who}: OFA-KD {mean[f'ofa-{to}']:.1%}, labels alone {mean[f'supervised-{to}']:.1%}, plain distillation "
+        f"{mean[f'kd-{to}']:.1%}, hints {mean[f'hints-{to}']:.1%}"
+        for who, to in (("a transformer teaches a CNN", "cnn"), ("a CNN teaches a Mixer", "mixer"))
+    ]
+    return (
+        f"Mean test accuracy, {'; '.join(lines)}. In so short a training on so few images the branches of a token student fit "
+        "their training images and pass little on; the paper trains for 300 epochs on 50,000 images and more, which was not run."
+    )
