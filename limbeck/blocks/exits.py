@@ -260,19 +260,24 @@ def merge_count(grid: tuple[int, int], target_grid: int) -> int:
     return count
 
 
-def init_exit(branch: nn.Module) -> None:
+def init_exit(branch: nn.Module, std: float | None = 0.02) -> None:
     """Initialise a branch in place.
 
-    Convolutions are Kaiming normal (fan out), linear and attention weights normal with deviation 0.02 truncated at
+    Convolutions are Kaiming normal (fan out), linear and attention weights normal with deviation ``std`` truncated at
     -2 and 2, norms the identity, biases 0.
+
+    Args:
+        branch: any module.
+        std: 0.02 in the paper, which suits widths of many hundreds; None takes ``1 / sqrt(inputs)`` for each layer,
+            without which narrow branches hardly learn at first.
     """
     for module in branch.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 if std is None else std)
         elif isinstance(module, nn.MultiheadAttention):
-            nn.init.trunc_normal_(module.in_proj_weight, std=0.02)
+            nn.init.trunc_normal_(module.in_proj_weight, std=module.embed_dim**-0.5 if std is None else std)
             nn.init.zeros_(module.in_proj_bias)
             continue
         elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):

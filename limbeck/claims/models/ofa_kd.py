@@ -1,10 +1,10 @@
 """Does teaching a student's stages in logit space help it to learn from a teacher of another family?
 
 Two pairs: a vision transformer teaches a small CNN, and a CNN teaches a small MLP-Mixer. The teachers are trained beforehand on
-more images than the students get, as published ones are. Within a pair all arms have the same initial student, the same batches,
-the same number of updates and the same learning rate, which was chosen for the student on labels alone in pilots on validation
-data. Each arm has two candidates, chosen on validation data: the learning rate for the student alone, the temperature for plain
-distillation (1, as in the paper's comparison, and 4, as usual), the weight for hints, the exponent epsilon for OFA-KD.
+more images than the students get, as published ones are. Within a pair all arms have the same initial student, the same batches
+and the same number of updates. Each baseline and the method have four candidates, chosen on validation data of tuning seeds: four
+learning rates for the student alone; two rates times two settings for the others: the temperature of plain distillation (1, as in
+the paper's comparison, and 4, as usual), the weight of hints, the exponent epsilon of OFA-KD.
 
 The verdict rests on both pairs: the student must be more accurate than the one trained on labels alone, and no worse than under
 plain distillation by more than half a point of accuracy (the paper says better, which is reported beside it). Reported whatever
@@ -12,9 +12,9 @@ they say: hints; the exponent 1, which takes the enhancement out of the target; 
 the final logits; and how alike the layers of networks of one family and of two families are (CKA), which is the paper's reason
 for leaving feature space.
 
-What pilots on validation data showed before the measurement: within some hundred updates of a few hundred images the branches of
-a token student learn their training images by heart and teach it little, and it gains less from OFA-KD than from plain
-distillation at temperature 4.
+What came before this measurement: a first one at a single learning rate, on one test seed, was set aside because pilots on
+validation data then showed that the rate was too low for every arm of the first pair. In those pilots OFA-KD beat labels alone on
+that pair, and stayed below plain distillation at temperature 4; Mixer students gained less from it than from plain distillation.
 """
 
 from __future__ import annotations
@@ -102,15 +102,24 @@ class Pair:
         source: the task that the teacher is trained on; its validation and test parts are those of ``on``.
         student, teacher: names of networks with as many stages each.
         epochs: passes over its data for the teacher.
-        lr: learning rate of every arm.
+        rates: two learning rates that every arm chooses from.
         steps: updates of every arm.
     """
 
     def __init__(
-        self, on: Task, source: Task, student: str, teacher: str, *, epochs: float, lr: float, steps: int
+        self,
+        on: Task,
+        source: Task,
+        student: str,
+        teacher: str,
+        *,
+        epochs: float,
+        rates: tuple[float, float],
+        steps: int,
     ) -> None:
         self.on, self.source, self.student, self.teacher, self.epochs = on, source, student, teacher, epochs
-        self.shared = {"steps": steps, "batch_size": BATCH, "lr": lr, "evaluations": 0}
+        self.rates = rates
+        self.shared = {"steps": steps, "batch_size": BATCH, "evaluations": 0}
 
     def trained_teacher(self, name: str | None = None) -> Any:
         return reference_teacher(self.source, name or self.teacher, epochs=self.epochs, progress=False)
@@ -131,36 +140,43 @@ class Pair:
 
         return train
 
+    def at_rates(self, *choices: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+        """Every choice at both learning rates."""
+        return tuple({"lr": lr, **choice} for choice in choices for lr in self.rates)
+
     def arms(self, suffix: str) -> dict[str, Arm]:
         from limbeck.methods.models import KD
 
-        lr = self.shared["lr"]
+        low, high = self.rates
         ofa = self.taught(lambda s, t, settings, sample: OFAKD(s, t, OFAKD.Config.make(**settings), sample=sample))
         kd = self.taught(lambda s, t, settings, _: KD(s, t, KD.Config.make(**settings)))
         hints = self.taught(lambda s, t, settings, sample: Hints(s, t, Hints.Config.make(**settings), sample=sample))
         pair = f"{self.teacher} to {self.student}"
         return {
-            f"ofa-{suffix}": Arm("method", f"OFA-KD, {pair}", ofa, ({"eps": (1.5,)}, {"eps": (1.2,)})),
+            f"ofa-{suffix}": Arm("method", f"OFA-KD, {pair}", ofa, self.at_rates({"eps": (1.5,)}, {"eps": (1.2,)})),
             f"supervised-{suffix}": Arm(
-                "baseline", f"{self.student} on labels alone", self.alone, ({"lr": lr}, {"lr": lr / 2})
+                "baseline",
+                f"{self.student} on labels alone",
+                self.alone,
+                ({"lr": low / 2}, {"lr": low}, {"lr": high}, {"lr": 2 * high}),
             ),
             f"kd-{suffix}": Arm(
                 "baseline",
                 f"plain distillation, {pair}",
                 kd,
-                ({"temperature": 1.0, "alpha": 0.5}, {"temperature": 4.0, "alpha": 0.9}),
+                self.at_rates({"temperature": 1.0, "alpha": 0.5}, {"temperature": 4.0, "alpha": 0.9}),
             ),
             f"hints-{suffix}": Arm(
                 "baseline",
                 f"feature hints at every stage, {pair}",
                 hints,
-                ({"hint_weight": 1.0}, {"hint_weight": 0.1}),
+                self.at_rates({"hint_weight": 1.0}, {"hint_weight": 0.1}),
             ),
             f"ofa-eps1-{suffix}": Arm(
                 "control",
                 "OFA-KD with the exponent 1: no enhancement of the target",
                 ofa,
-                ({"eps": (1.0,)},),
+                self.at_rates({"eps": (1.0,)}),
             ),
         }
 
@@ -176,7 +192,7 @@ def claim(data_root: str | None = None) -> Claim:
             "cnn-w4-s3",
             "vit-d48-l4-h4-p4",
             epochs=10,
-            lr=1e-2,
+            rates=(2e-2, 4e-2),
             steps=800,
         )
         to_mixer = Pair(
@@ -185,13 +201,13 @@ def claim(data_root: str | None = None) -> Claim:
             "mixer-d32-l4-p4",
             "cnn-w16-s3",
             epochs=8,
-            lr=4e-3,
+            rates=(2e-3, 4e-3),
             steps=500,
         )
     else:
         source, on = common.task(None, "digits", None), common.task(None, "digits", 300)
-        to_cnn = Pair(on, source, "cnn-w4-s3", "vit-d48-l4-h4-p2", epochs=60, lr=1e-2, steps=800)
-        to_mixer = Pair(on, source, "mixer-d32-l4-p2", "cnn-w32-s3", epochs=40, lr=3e-3, steps=500)
+        to_cnn = Pair(on, source, "cnn-w4-s3", "vit-d48-l4-h4-p2", epochs=60, rates=(2e-2, 4e-2), steps=800)
+        to_mixer = Pair(on, source, "mixer-d32-l4-p2", "cnn-w32-s3", epochs=40, rates=(2e-3, 4e-3), steps=500)
 
     cnn, mixer = "cnn", "mixer"
     no_branches = to_cnn.taught(
@@ -205,7 +221,9 @@ def claim(data_root: str | None = None) -> Claim:
             student = make_network(to_cnn.student, to_cnn.on, seed)
             from limbeck.methods.models import Supervised
 
-            common.run(Supervised(student, Supervised.Config.make(**to_cnn.shared)), to_cnn.on, seed)
+            common.run(
+                Supervised(student, Supervised.Config.make(lr=to_cnn.rates[0], **to_cnn.shared)), to_cnn.on, seed
+            )
             teacher = (to_mixer if to == "cnn" else to_cnn).trained_teacher()
             part = to_cnn.on.val.subset(torch.arange(min(512, len(to_cnn.on.val))))
             value = {"cka": cka_map(teacher, student, part).diagonal}
@@ -221,7 +239,7 @@ def claim(data_root: str | None = None) -> Claim:
                 "control",
                 "no branches: the enhanced target on the final logits only",
                 no_branches,
-                ({"eps": (1.5,)},),
+                to_cnn.at_rates({"eps": (1.5,)}),
             ),
             **to_mixer.arms(mixer),
             "cka-same": Arm("control", "CNN student and CNN teacher, stage by stage", alike("cnn")),
@@ -271,6 +289,7 @@ def claim(data_root: str | None = None) -> Claim:
         settings={
             pair.student: {
                 **pair.shared,
+                "rates": list(pair.rates),
                 "teacher": pair.teacher,
                 "teacher_epochs": pair.epochs,
                 "images": len(pair.on.train),
@@ -303,6 +322,6 @@ def note(result: Mapping[str, Any]) -> str:
         for who, to in (("a transformer teaches a CNN", "cnn"), ("a CNN teaches a Mixer", "mixer"))
     ]
     return (
-        f"Mean test accuracy, {'; '.join(lines)}. In so short a training on so few images the branches of a token student fit "
-        "their training images and pass little on; the paper trains for 300 epochs on 50,000 images and more, which was not run."
+        f"Mean test accuracy, {'; '.join(lines)}. Some hundred updates on a few hundred images; the paper trains for 300 epochs on "
+        "50,000 images and more, which was not run."
     )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from limbeck.blocks.exits import make_exit
+from limbeck.blocks.exits import init_exit, make_exit
 from limbeck.blocks.taps import Tap, Taps, unwrap
 from limbeck.blocks.teachers import TeacherOutput
 from limbeck.core.batch import Batch, Losses, call_model, logits_of
@@ -112,7 +112,9 @@ class OFAKD(OfflineDistiller):
     released code. The paper searches epsilon in [1, 2] for each pair; 1.5 for DeiT-T to ResNet-18 on ImageNet and 1 for
     Swin-T to ResNet-18 on CIFAR-100 are published, values for other pairs could not be verified. Presets: ``paper``
     (convolutional students on CIFAR-100; its cosine ends at a rate of 1e-3, here at 0), ``paper-tokens`` (transformer and MLP
-    students) and ``paper-imagenet`` (convolutional students on ImageNet). Augmentation and mixup belong to the data.
+    students) and ``paper-imagenet`` (convolutional students on ImageNet). Augmentation and mixup belong to the data. The branches'
+    linear weights start with deviation 0.02 in the presets as in the code; by default with ``1 / sqrt(inputs)``, because from
+    0.02 the branches of networks a few dozen wide learn so late that they hold the student back.
 
     Args:
         student, teacher: see :class:`OfflineDistiller`.
@@ -167,6 +169,12 @@ class OFAKD(OfflineDistiller):
             7, ge=1, description="side of the patch grid at which merging ends; none: the smallest one of all stages"
         )
 
+        exit_std: float | None = Field(
+            None,
+            gt=0,
+            description="deviation of the branches' linear weights at the start; none: 1 / sqrt(inputs), for narrow networks",
+        )
+
         presets = {
             "paper": {
                 "epochs": 300,
@@ -177,6 +185,7 @@ class OFAKD(OfflineDistiller):
                 "warmup": 0.01,
                 "label_smoothing": 0.1,
                 "eps": (1.0,),
+                "exit_std": 0.02,
             },
             "paper-tokens": {
                 "epochs": 300,
@@ -187,6 +196,7 @@ class OFAKD(OfflineDistiller):
                 "warmup": 20 / 300,
                 "clip_grad": 5.0,
                 "eps": (1.0,),
+                "exit_std": 0.02,
             },
             "paper-imagenet": {
                 "epochs": 100,
@@ -196,6 +206,7 @@ class OFAKD(OfflineDistiller):
                 "schedule": "step",
                 "milestones": (0.3, 0.6, 0.9),
                 "eps": (1.5,),
+                "exit_std": 0.02,
             },
         }
 
@@ -332,6 +343,7 @@ class OFAKD(OfflineDistiller):
                 )
             except InputError as error:
                 raise InputError(f"stage '{self._taps.taps[number]}': {error}") from None
+            init_exit(branch, config.exit_std)
             branches.append(branch.to(feature.device, feature.dtype))
         return nn.ModuleList(branches)
 

@@ -176,14 +176,14 @@ def test_the_terms_are_those_of_the_equation():
     assert list(losses) == ["ce", "ofa", "exit_1", "exit_2", "exit_3"]
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-12)
 
-    scaled = OFAKD(student, teacher, ce_weight=0, temperature=2, official_scale=False, exit_weight=0, sample=x)
+    scaled = OFAKD(student, teacher, eps=1.5, ce_weight=0, temperature=2, official_scale=False, exit_weight=0, sample=x)
     assert scaled.losses(Batch(x, y)).total.item() == pytest.approx(4 * ofa_loss(logits, said, y, 1.5, 2).item())
 
 
 def test_soft_labels_and_smoothing_go_into_the_cross_entropy():
     student, teacher = network(CNN).eval(), network(VIT)
     x, y = data()
-    method = OFAKD(student, teacher, label_smoothing=0.1, sample=x).eval()
+    method = OFAKD(student, teacher, eps=1.5, label_smoothing=0.1, sample=x).eval()
     soft = 0.7 * F.one_hot(y, CLASSES) + 0.3 * F.one_hot(y.flip(0), CLASSES)
     losses = method.losses(Batch(x, soft))
     smooth = 0.9 * soft + 0.1 / CLASSES
@@ -261,12 +261,14 @@ def test_pairs_of_families_learn(teacher: str, student: str, kind: type):
         }
     method.check(Batch(x, y))
     optimizer = torch.optim.AdamW(method.trainable_parameters(), lr=1e-2)
-    before = method((x, y)).item()
+    w = ofa_weights(method.teachers(Batch(x, y)).logits, y, method.config.eps[0])
+    least = (1 + len(method.exits)) * -(w * (w / w.sum(-1, keepdim=True)).log()).sum(-1).mean().item()
+    before = method((x, y)).item() - least
     for _ in range(25):
         optimizer.zero_grad()
         method((x, y)).backward()
         optimizer.step()
-    assert method((x, y)).item() < 0.9 * before
+    assert 0 < method((x, y)).item() - least < 0.8 * before
 
 
 class Plain(nn.Module):
@@ -427,6 +429,18 @@ def test_number_of_eps():
     for wrong in (0.9, (1.0, 0.5), (), float("inf")):
         with pytest.raises(InputError, match="eps"):
             OFAKD.Config.make(eps=wrong)
+
+
+def test_the_branches_weights_start_by_width_or_as_in_the_paper():
+    x = data()[0]
+    wide = OFAKD(network("vit-d64-l4-h2-p4"), network(CNN), sample=x).exits[0]
+    layers = [m for m in wide.modules() if isinstance(m, nn.Linear)]
+    assert len(layers) > 4
+    for layer in layers:
+        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.15)
+    paper = OFAKD(network("vit-d64-l4-h2-p4"), network(CNN), sample=x, exit_std=0.02).exits[0]
+    for weight in (paper.head.weight, paper.blocks[0].self_attn.in_proj_weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.15)
 
 
 def test_presets_are_valid():
