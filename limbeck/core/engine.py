@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 
+from limbeck.core.allocator import keep_freed_memory
 from limbeck.core.batch import Batch, Losses
 from limbeck.core.checkpoint import load_checkpoint, save_checkpoint
 from limbeck.core.config import Config
@@ -64,6 +65,8 @@ class Engine:
         self.settings = settings or EngineConfig()
         self.seed = seed
         self.accelerator = _accelerator(self.settings, self.directory)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.cost: dict[str, Any] = {"stages": {}, "seconds": 0.0, "peak_memory_bytes": 0}
         self.records = Records(None)
 
