@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def main() -> None:
     readme = readme.replace("`CONTRIBUTING.md`", "[Contributing](contributing.md)").replace(
         "`benchmarks/README.md`", "[Benchmarks](benchmarks.md)"
     )
+    readme = re.sub(r"\[([\w-]+)\]\(limbeck/methods/[\w/]+\.py\)", r"[\1](methods/\1.md)", readme)
     (OUT / "index.md").write_text(readme)
     for source, name in (
         ("CONTRIBUTING.md", "contributing.md"),
