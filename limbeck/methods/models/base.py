@@ -23,7 +23,7 @@ from limbeck.core.method import Method
 from limbeck.core.optim import Optimised, TrainingConfig, make_optimised
 from limbeck.core.seeding import preserved_random_state, seed_everything
 from limbeck.core.stage import Stage
-from limbeck.metrics.classification import agreement, classification_metrics, confusion_matrix
+from limbeck.metrics.classification import agreement, classification_metrics, confusion_matrix, reliability_table
 from limbeck.metrics.cost import count_bytes, count_flops, count_parameters, measure_latency
 from limbeck.networks.artifacts import save_model
 from limbeck.tasks.base import Task, TaskConfig, cache_folder, load_task
@@ -403,6 +403,46 @@ def judge(models: Mapping[str, nn.Module], test: Data, class_names: Sequence[str
     result: dict[str, Any] = {"rows": rows}
     if teachers:
         result["agreement"] = agreement(said[first][0], torch.stack(teachers).mean(0))
+    pictures = sample_pictures(said[first][0], labels, test, class_names)
+    if pictures:
+        result["pictures"] = pictures
+    result["reliability"] = reliability_table(torch.softmax(said[first][0], -1), labels)
     matrix = confusion_matrix(said[first][0], labels, classes)
     result["confusion"] = {"labels": list(class_names or map(str, range(classes))), "matrix": matrix.tolist()}
     return result
+
+
+def sample_pictures(
+    logits: Tensor, labels: Tensor, test: Data, class_names: Sequence[str] | None = None, most: int = 20
+) -> list[dict[str, str]]:
+    """Test images that the student is most sure of and right about, and those it is most sure of and wrong about.
+
+    Returns:
+        entries with ``title``, ``caption`` and ``png`` (base64); none where the data is no set of stored images.
+    """
+    images = getattr(test, "inputs", None)
+    if (
+        not isinstance(images, Tensor)
+        or images.dtype != torch.uint8
+        or images.ndim != 4
+        or images.shape[1] not in (1, 3)
+    ):
+        return []
+    from limbeck.report.sheets import picture_sheet
+
+    sure, said = torch.softmax(logits, -1).max(-1)
+    right = said == labels
+    names = list(class_names or map(str, range(logits.shape[1])))
+    sheets = []
+    for title, chosen in (("Surest mistakes", ~right), ("Surest right answers", right)):
+        ids = chosen.nonzero().flatten()
+        ids = ids[sure[ids].argsort(descending=True)][:most]
+        if not len(ids):
+            continue
+        lines = [
+            names[int(labels[i])] if bool(right[i]) else f"{names[int(labels[i])]}, not {names[int(said[i])]}"
+            for i in ids
+        ]
+        caption = f"{int(chosen.sum())} of {len(labels)} test images; shown are the {len(ids)} of highest confidence."
+        sheets.append({"title": title, "caption": caption, "png": picture_sheet(images[ids].numpy(), lines)})
+    return sheets

@@ -220,3 +220,17 @@ def test_label_smoothing():
     b = batch()
     expected = F.cross_entropy(method.student(b.inputs), b.labels, label_smoothing=0.2)
     torch.testing.assert_close(method(b), expected)
+
+
+def test_pictures_show_the_surest_mistakes_and_right_answers():
+    import base64
+
+    from limbeck.methods.models.base import sample_pictures
+
+    images = TensorData((torch.rand(6, 1, 8, 8) * 255).to(torch.uint8), torch.tensor([0, 1, 0, 1, 0, 1]))
+    logits = torch.tensor([[3.0, 0], [0, 3], [0, 1], [2, 0], [1, 0], [0, 1]])
+    mistakes, right = sample_pictures(logits, images.labels, images, ["cat", "dog"])
+    assert mistakes["title"] == "Surest mistakes" and mistakes["caption"].startswith("2 of 6")
+    assert right["caption"].startswith("4 of 6")
+    assert base64.b64decode(right["png"]).startswith(b"\x89PNG")
+    assert sample_pictures(logits, images.labels, data()) == []
