@@ -9,10 +9,10 @@ from typing import Any
 from limbeck.core.engine import EngineConfig
 from limbeck.core.files import write_json
 from limbeck.fitting import fit
-from limbeck.methods.models.base import judge
 from limbeck.report.run import write_run_report
 from limbeck.report.tables import result_table
 from limbeck.tasks.base import TaskConfig, load_task
+from limbeck.tasks.judging import judge_classifiers
 
 SETTINGS: dict[str, Any] = {
     "task": "digits",
@@ -40,7 +40,7 @@ def demo(out: Path) -> int:
     task = load_task(TaskConfig.make(**{k: SETTINGS[k] for k in ("task", "train_size")}))
     student: Any = alone.method
     contestants = {"student": method.student, "student alone": student.student, "teacher": teacher}
-    result = {**run.result, **judge(contestants, task.test, task.class_names)}
+    result = {**run.result, **judge_classifiers(contestants, task.test, task.class_names)}
     write_json(out / "result.json", result)
     print(result_table(result))
     rows = {row["who"]: row for row in result["rows"]}

@@ -17,12 +17,14 @@ from limbeck.core.errors import InputError, RunError
 from limbeck.core.method import Method
 from limbeck.core.run import ARTIFACT, Run, RunFolder
 from limbeck.core.seeding import seed_everything
+from limbeck.core.semi import SemiSupervisedData
 
 
 def fit(
     method: str | type[Method] | Method,
     data: Any = None,
     *,
+    unlabelled: Any = None,
     val: Any = None,
     test: Any = None,
     out: str | Path | None = None,
@@ -51,6 +53,7 @@ def fit(
     Args:
         method: a name from the catalogue, a class, or an object.
         data: training data: tensors ``(x, y)``, a map-style data set, a ``DataLoader``. None: the task that ``task`` names.
+        unlabelled: further training data without labels, for methods that learn from it too.
         val, test: the same for validation and testing; both may be left out with own data.
         out: the run's folder. None keeps everything in memory; nothing can then be resumed.
         resume: continue the run in ``out`` where it stopped, or do nothing more than read its result if it had ended.
@@ -69,10 +72,12 @@ def fit(
     """
     options = engine if isinstance(engine, EngineConfig) else validate(EngineConfig, dict(engine or {}))
     by_name = not isinstance(method, Method) and data is None
+    if by_name and unlabelled is not None:
+        raise InputError("unlabelled data goes with data of your own; a task keeps some labels with labelled=…")
     made, setup, splits, names, described = (
         _from_task(method, preset, seed, options, student, teacher, settings)
         if by_name
-        else _from_objects(method, preset, seed, data, val, test, student, teacher, settings)
+        else _from_objects(method, preset, seed, data, unlabelled, val, test, student, teacher, settings)
     )
     folder = None if out is None else RunFolder(Path(out).expanduser())
     if folder is not None:
@@ -170,6 +175,7 @@ def _from_objects(
     preset: str,
     seed: int,
     data: Any,
+    unlabelled: Any,
     val: Any,
     test: Any,
     student: Any,
@@ -178,7 +184,7 @@ def _from_objects(
 ) -> tuple[Any, None, tuple[Data, Data | None, Data | None], None, None]:
     if data is None:
         raise InputError("a method object needs training data: limbeck.fit(method, data)")
-    train = as_data(data)
+    train = as_data(data) if unlabelled is None else SemiSupervisedData(data, unlabelled)
     splits = (train, None if val is None else as_data(val), None if test is None else as_data(test))
     if isinstance(method, Method):
         if settings or student is not None or teacher is not None:

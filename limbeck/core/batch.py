@@ -26,6 +26,26 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def join(first: Any, second: Any) -> Any:
+    """Two nested values of the same structure, their tensors concatenated along the first axis.
+
+    Raises:
+        InputError: their structures differ.
+    """
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
+        return {k: join(v, second[k]) for k, v in first.items()}
+    if isinstance(first, tuple | list) and type(first) is type(second) and len(first) == len(second):
+        joined = [join(a, b) for a, b in zip(first, second, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+    if first is None and second is None:
+        return None
+    raise InputError(
+        f"inputs of different structure cannot be joined: {type(first).__name__} and {type(second).__name__}"
+    )
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor in nested containers, or None."""
     if isinstance(value, Tensor):
@@ -51,6 +71,8 @@ class Batch:
             teacher cache needs.
         view: which augmentation view the inputs show; None means: as stored, without augmentation.
         teacher_inputs: what the teacher takes, if it differs from ``inputs`` (own size, own normalisation).
+        unlabelled: batches of inputs without labels that come along, for semi-supervised methods; their sizes may differ from
+            that of ``inputs``.
     """
 
     inputs: Any
@@ -58,6 +80,7 @@ class Batch:
     index: Tensor | None = None
     view: int | None = None
     teacher_inputs: Any = None
+    unlabelled: tuple[Any, ...] | None = None
 
     @classmethod
     def of(cls, value: Any) -> Batch:
@@ -76,8 +99,9 @@ class Batch:
             index = rest.pop("index", None)
             view = rest.pop("view", None)
             teacher_inputs = rest.pop("teacher_inputs", None)
+            unlabelled = rest.pop("unlabelled", None)
             inputs = rest.pop("inputs", None) if set(rest) == {"inputs"} else rest
-            return cls(inputs, labels, index, view, teacher_inputs)
+            return cls(inputs, labels, index, view, teacher_inputs, unlabelled)
         if isinstance(value, tuple | list) and len(value) == 2:
             return cls(value[0], value[1])
         raise InputError(f"a batch is a Batch, (inputs, labels), a tensor or a mapping, not {type(value).__name__}")
@@ -95,6 +119,7 @@ class Batch:
             map_tensors(self.index, function),
             self.view,
             map_tensors(self.teacher_inputs, function),
+            map_tensors(self.unlabelled, function),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -108,10 +133,19 @@ class Batch:
         return [self._rows(a, b) for a, b in itertools.pairwise(bounds) if b > a]
 
     def _rows(self, start: int, end: int) -> Batch:
-        return self.map(lambda t: t[start:end])
+        size = len(self)
+        part = replace(self, unlabelled=None).map(lambda t: t[start:end])
+        if self.unlabelled is None:
+            return part
+        # Unlabelled batches have sizes of their own and are divided in the same proportion.
+        others = map_tensors(self.unlabelled, lambda t: t[round(start * len(t) / size) : round(end * len(t) / size)])
+        return part.with_unlabelled(others)
 
     def with_inputs(self, inputs: Any) -> Batch:
         return replace(self, inputs=inputs)
+
+    def with_unlabelled(self, unlabelled: tuple[Any, ...]) -> Batch:
+        return replace(self, unlabelled=unlabelled)
 
 
 class Losses(Mapping[str, Tensor]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -187,7 +188,7 @@ class MapData(Data):
         many = getattr(self.dataset, "__getitems__", None)
         items = many(ids) if many is not None else [self.dataset[i] for i in ids]
         batch = Batch.of(self.collate(items))
-        return Batch(batch.inputs, batch.labels, index, view, batch.teacher_inputs)
+        return replace(batch, index=index, view=view)
 
 
 def as_data(value: Any) -> Data:
@@ -252,7 +253,10 @@ class Stream:
 
     def batch(self, step: int) -> Batch:
         """Batch number ``step`` (from 0)."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._at(step, self.steps_per_epoch)
+
+    def _at(self, step: int, steps_per_epoch: int) -> Batch:
+        epoch, position = divmod(step, steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch, 1))
             self._order = (epoch, torch.randperm(len(self.data), generator=generator))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from limbeck.core.errors import InputError
 
 
 class Network(nn.Module):
-    """An image classifier ``x -> head(embed(x))``.
+    """A classifier ``x -> head(embed(x))``.
 
     Attributes:
-        in_shape: ``(C, H, W)`` of one input.
+        in_shape: ``(C, H, W)`` of one input; see ``axes``.
         num_classes: number of logits.
         feature_dim: width of ``embed(x)``, the last representation before the head.
         stage_paths: module paths of the stages, shallow to deep; at most four for isotropic networks.
@@ -20,7 +23,10 @@ class Network(nn.Module):
         grid: rows and columns of the patch grid, ``None`` for networks without tokens.
     """
 
-    in_shape: tuple[int, int, int]
+    axes: ClassVar[tuple[str, ...] | None] = ("channels", "height", "width")
+    """What the axes of an input are called; None: any number of them will do."""
+
+    in_shape: tuple[int, ...]
     num_classes: int
     feature_dim: int
     stage_paths: list[str]
@@ -28,9 +34,14 @@ class Network(nn.Module):
     prefix_tokens: int = 0
     grid: tuple[int, int] | None = None
 
-    def __init__(self, in_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, in_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         self.in_shape, self.num_classes = check_sizes(in_shape, num_classes)
+        if self.axes is not None and len(self.in_shape) != len(self.axes):
+            raise InputError(
+                f"{type(self).__name__} takes inputs of shape ({', '.join(self.axes)}), not {self.in_shape}: "
+                "choose a network for such inputs (any shape: mlp-256-256)"
+            )
 
     def embed(self, x: Tensor) -> Tensor:
         """The last representation, ``(B, C, H, W) -> (B, feature_dim)``."""
@@ -42,21 +53,23 @@ class Network(nn.Module):
         return logits
 
 
-def check_sizes(in_shape: tuple[int, int, int], num_classes: int) -> tuple[tuple[int, int, int], int]:
+def check_sizes(in_shape: Sequence[int], num_classes: int) -> tuple[tuple[int, ...], int]:
     """Both as plain positive integers.
 
     Raises:
-        InputError: ``in_shape`` is not three positive integers, or ``num_classes`` is not one.
+        InputError: ``in_shape`` is not one or more positive integers, or ``num_classes`` is not one.
     """
     shape = tuple(int(n) for n in in_shape)
-    if len(shape) != 3 or min(shape) < 1:
-        raise InputError(f"in_shape must be three positive integers (channels, height, width), got {tuple(in_shape)}")
+    if not shape or min(shape) < 1:
+        raise InputError(
+            f"in_shape must be positive integers, such as (channels, height, width); got {tuple(in_shape)}"
+        )
     if int(num_classes) < 1:
         raise InputError(f"num_classes must be at least 1, got {num_classes}")
-    return (shape[0], shape[1], shape[2]), int(num_classes)
+    return shape, int(num_classes)
 
 
-def patch_grid(in_shape: tuple[int, int, int], patch: int) -> tuple[int, int]:
+def patch_grid(in_shape: tuple[int, ...], patch: int) -> tuple[int, int]:
     """Rows and columns of the square patches of side ``patch`` (pixels) that tile the image.
 
     Raises:

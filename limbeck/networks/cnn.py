@@ -28,7 +28,7 @@ class CNN(Network):
     """
 
     def __init__(
-        self, in_shape: tuple[int, int, int], num_classes: int, *, width: int = 16, stages: int = 3, blocks: int = 1
+        self, in_shape: tuple[int, ...], num_classes: int, *, width: int = 16, stages: int = 3, blocks: int = 1
     ) -> None:
         super().__init__(in_shape, num_classes)
         channels, height, breadth = self.in_shape

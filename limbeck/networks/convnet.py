@@ -34,7 +34,7 @@ class ConvNet(Network):
 
     def __init__(
         self,
-        in_shape: tuple[int, int, int],
+        in_shape: tuple[int, ...],
         num_classes: int,
         *,
         width: int = 128,

@@ -15,7 +15,7 @@ from torch import nn
 from limbeck.core.errors import InputError, nearest
 
 
-def call_factory(name: str, *, in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def call_factory(name: str, *, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Import ``package.module:factory`` and call it.
 
     The factory (a class or function) is called with those of ``in_shape`` and ``num_classes`` that its signature

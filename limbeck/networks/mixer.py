@@ -30,7 +30,7 @@ class MLPMixer(Network):
 
     def __init__(
         self,
-        in_shape: tuple[int, int, int],
+        in_shape: tuple[int, ...],
         num_classes: int,
         *,
         width: int = 48,

@@ -13,12 +13,12 @@ from limbeck.networks.base import Network, isotropic_stages
 
 
 class MLP(Network):
-    """Fully connected layers with ReLU on the flattened image, then one linear layer.
+    """Fully connected layers with ReLU on the flattened input, then one linear layer.
 
     Hidden layers are the modules ``layers.0``, ``layers.1``, ...; their outputs, after ReLU, are ``(B, width)``.
 
     Args:
-        in_shape: ``(C, H, W)``.
+        in_shape: any shape, such as ``(F,)`` or ``(C, H, W)``.
         num_classes: number of logits.
         widths: the hidden widths, first to last.
 
@@ -29,7 +29,9 @@ class MLP(Network):
     and Hinton (2010).
     """
 
-    def __init__(self, in_shape: tuple[int, int, int], num_classes: int, *, widths: Sequence[int] = (256, 256)) -> None:
+    axes = None
+
+    def __init__(self, in_shape: tuple[int, ...], num_classes: int, *, widths: Sequence[int] = (256, 256)) -> None:
         super().__init__(in_shape, num_classes)
         if not widths:
             raise InputError("an MLP needs at least one hidden width, such as mlp-256")
@@ -43,6 +45,6 @@ class MLP(Network):
         self.stage_paths = [f"layers.{index}" for index in (range(depth) if depth <= 4 else isotropic_stages(depth))]
 
     def embed(self, x: Tensor) -> Tensor:
-        """The last hidden layer, ``(B, C, H, W) -> (B, feature_dim)``."""
+        """The last hidden layer, ``(B, *in_shape) -> (B, feature_dim)``."""
         features: Tensor = self.layers(x.flatten(1))
         return features

@@ -95,7 +95,7 @@ def names() -> list[str]:
     return [example for family in FAMILIES.values() for example in family.examples]
 
 
-def build(name: str, *, in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def build(name: str, *, in_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """A freshly initialised network.
 
     Args:

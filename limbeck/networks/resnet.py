@@ -29,9 +29,7 @@ class ResNet(Network):
     (2020).
     """
 
-    def __init__(
-        self, in_shape: tuple[int, int, int], num_classes: int, *, depth: int = 20, multiplier: int = 1
-    ) -> None:
+    def __init__(self, in_shape: tuple[int, ...], num_classes: int, *, depth: int = 20, multiplier: int = 1) -> None:
         super().__init__(in_shape, num_classes)
         if depth < 8 or (depth - 2) % 6:
             raise InputError(f"the depth of a CIFAR ResNet is 6n + 2 (8, 14, 20, 32, 56, 110, ...), got {depth}")
@@ -72,7 +70,7 @@ class WideResNet(Network):
     Source: Zagoruyko and Komodakis, "Wide Residual Networks" (2016), without dropout.
     """
 
-    def __init__(self, in_shape: tuple[int, int, int], num_classes: int, *, depth: int = 16, widen: int = 1) -> None:
+    def __init__(self, in_shape: tuple[int, ...], num_classes: int, *, depth: int = 16, widen: int = 1) -> None:
         super().__init__(in_shape, num_classes)
         if depth < 10 or (depth - 4) % 6:
             raise InputError(f"the depth of a WRN is 6n + 4 (10, 16, 22, 28, 40, ...), got {depth}")

@@ -40,7 +40,7 @@ class ImageTransformer(Network):
 
     def __init__(
         self,
-        in_shape: tuple[int, int, int],
+        in_shape: tuple[int, ...],
         num_classes: int,
         *,
         width: int = 64,
@@ -63,7 +63,7 @@ class ImageTransformer(Network):
             num_hidden_layers=depth,
             num_attention_heads=heads,
             intermediate_size=mlp_ratio * width,
-            image_size=self.in_shape[1:],
+            image_size=(self.in_shape[1], self.in_shape[2]),
             patch_size=patch,
             num_channels=self.in_shape[0],
             hidden_dropout_prob=0.0,

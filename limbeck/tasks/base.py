@@ -16,8 +16,9 @@ from pydantic import Field
 from torch import Tensor
 
 from limbeck.core.config import Config
-from limbeck.core.data import TensorData, mix_seed
+from limbeck.core.data import Data, TensorData, mix_seed
 from limbeck.core.errors import InputError, UnknownNameError
+from limbeck.core.semi import SemiSupervisedData, keep_labels
 
 
 class TaskConfig(Config):
@@ -30,6 +31,11 @@ class TaskConfig(Config):
     )
     data_root: str | None = Field(None, description="folder that holds mnist/, cifar10/ …; default: $LIMBECK_DATA")
     train_size: int | None = Field(None, ge=1, description="use so many training samples, stratified; none: all")
+    labelled: int | None = Field(
+        None,
+        ge=1,
+        description="so many training samples (stratified) keep their labels, the rest is unlabelled; none: all",
+    )
     label_noise: float = Field(0.0, ge=0, lt=1, description="fraction of training labels replaced by wrong ones")
     image_size: int | None = Field(
         None, ge=4, le=1024, description="resize images to this square size; none: as they are"
@@ -40,11 +46,12 @@ class TaskConfig(Config):
 
 @dataclass
 class Task:
-    """A classification task on tensors.
+    """A task on tensors.
 
     Attributes:
         name: what it is called.
-        train, val, test: disjoint parts. ``val`` is for choosing, ``test`` is looked at once.
+        train, val, test: disjoint parts. ``val`` is for choosing, ``test`` is looked at once. ``train`` is
+            :class:`~limbeck.core.semi.SemiSupervisedData` where only some of its labels are kept.
         num_classes: number of classes; labels are 0 … num_classes - 1.
         in_shape: shape of one input, without the batch.
         class_names: one for each class.
@@ -54,9 +61,9 @@ class Task:
     """
 
     name: str
-    train: TensorData
-    val: TensorData
-    test: TensorData
+    train: Data
+    val: Data
+    test: Data
     num_classes: int
     in_shape: tuple[int, ...]
     class_names: list[str]
@@ -67,13 +74,17 @@ class Task:
     @property
     def fingerprint(self) -> str:
         """A hash of the training data as it is (hex, 16 digits)."""
-        return self.train.fingerprint()
+        found = self.train.fingerprint()
+        assert found is not None, "a task's data is held in memory, and so can be hashed"
+        return found
 
     def describe(self) -> dict[str, Any]:
+        others = {"unlabelled": len(self.train.unlabelled)} if isinstance(self.train, SemiSupervisedData) else {}
         return {
             "name": self.name,
             "source": self.source,
             "train": len(self.train),
+            **others,
             "val": len(self.val),
             "test": len(self.test),
             "classes": self.num_classes,
@@ -106,7 +117,12 @@ def load_task(config: TaskConfig) -> Task:
         )
     module, _, name = target.partition(":")
     loader: Loader = getattr(importlib.import_module(module), name)
-    return loader(config)
+    task = loader(config)
+    if config.labelled is not None and not isinstance(task.train, SemiSupervisedData):
+        assert isinstance(task.train, TensorData)
+        chosen = take(task.train.labels_tensor(), config.labelled, config.split_seed, setting="labelled")
+        task.train = keep_labels(task.train, chosen)
+    return task
 
 
 def task_names() -> list[str]:
@@ -128,7 +144,7 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     return shuffled[torch.argsort(fraction, stable=True)]
 
 
-def take(labels: Tensor, size: int | None, seed: int, what: str = "training") -> Tensor:
+def take(labels: Tensor, size: int | None, seed: int, what: str = "training", setting: str = "train_size") -> Tensor:
     """Ids of a stratified subset of ``size`` samples (all if None).
 
     Raises:
@@ -137,7 +153,7 @@ def take(labels: Tensor, size: int | None, seed: int, what: str = "training") ->
     if size is None:
         return torch.arange(len(labels))
     if size > len(labels):
-        raise InputError(f"train_size {size} is more than the {len(labels)} {what} samples there are")
+        raise InputError(f"{setting} {size} is more than the {len(labels)} {what} samples there are")
     return stratified_order(labels, seed)[:size].sort().values
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from limbeck import networks
 from limbeck.core.artifacts import WEIGHTS, load_weights, save_weights
 from limbeck.core.batch import Batch, Losses, call_model, logits_of
-from limbeck.core.data import Stream, TensorData, mix_seed
+from limbeck.core.data import Data, Stream, mix_seed
 from limbeck.core.engine import Engine, EngineConfig
 from limbeck.core.files import write_json
 from limbeck.core.method import Method
@@ -45,7 +45,7 @@ class ReferenceTraining(Method):
     def losses(self, batch: Batch) -> Losses:
         return Losses(ce=F.cross_entropy(logits_of(call_model(self.network, batch.inputs)), as_labels(batch.labels)))
 
-    def stage(self, data: TensorData, seed: int) -> Stage:
+    def stage(self, data: Data, seed: int) -> Stage:
         stream = Stream(data, self.config.batch_size, seed=seed)
         steps = max(self.config.total_steps(stream.steps_per_epoch), MIN_STEPS)
         return Stage(
@@ -85,7 +85,7 @@ def reference_teacher(
     folder = cache_folder() / "teachers" / f"{task.name}-{name.replace(':', '_').replace('.', '_')}-{key}"
     with preserved_random_state():
         seed_everything(mix_seed(seed, 101))
-        model = networks.build(name, in_shape=_image_shape(task), num_classes=task.num_classes)
+        model = networks.build(name, in_shape=task.in_shape, num_classes=task.num_classes)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if not (folder / WEIGHTS).exists():
@@ -106,11 +106,6 @@ def _alone(folder: Path) -> AbstractContextManager[Any]:
     if torch.distributed.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return nullcontext()
     return FileLock(f"{folder}.lock")
-
-
-def _image_shape(task: Task) -> tuple[int, int, int]:
-    c, h, w = task.in_shape
-    return c, h, w
 
 
 @torch.no_grad()

@@ -103,9 +103,15 @@ def test_sizes_that_do_not_fit(name: str, says: str) -> None:
 
 
 def test_wrong_shapes_and_class_counts() -> None:
-    for in_shape, num_classes in [((8, 8), 10), ((1, 8, 0), 10), (DIGITS, 0)]:
+    for in_shape, num_classes in [((), 10), ((1, 8, 0), 10), (DIGITS, 0)]:
         with pytest.raises(InputError):
             build("mlp-8", in_shape=in_shape, num_classes=num_classes)
+    with pytest.raises(InputError, match=r"CNN takes inputs of shape \(channels, height, width\), not \(14,\).*mlp"):
+        build("cnn-w8-s3", in_shape=(14,), num_classes=2)
+
+
+def test_a_perceptron_takes_rows_of_a_table() -> None:
+    assert build("mlp-8", in_shape=(14,), num_classes=2)(torch.zeros(3, 14)).shape == (3, 2)
 
 
 def test_spec_rebuilds_the_same_network() -> None:

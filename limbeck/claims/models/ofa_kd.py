@@ -32,7 +32,7 @@ from limbeck.blocks.taps import Taps
 from limbeck.claims.base import Arm, Check, Claim, Outcome
 from limbeck.claims.models import common
 from limbeck.core.batch import Batch, Losses
-from limbeck.core.data import mix_seed
+from limbeck.core.data import TensorData, mix_seed
 from limbeck.core.seeding import preserved_random_state, seed_everything
 from limbeck.losses.features import hint
 from limbeck.methods.models.base import OfflineDistiller, make_network
@@ -225,7 +225,9 @@ def claim(data_root: str | None = None) -> Claim:
                 Supervised(student, Supervised.Config.make(lr=to_cnn.rates[0], **to_cnn.shared)), to_cnn.on, seed
             )
             teacher = (to_mixer if to == "cnn" else to_cnn).trained_teacher()
-            part = to_cnn.on.val.subset(torch.arange(min(512, len(to_cnn.on.val))))
+            held = to_cnn.on.val
+            assert isinstance(held, TensorData)
+            part = held.subset(torch.arange(min(512, len(held))))
             value = {"cka": cka_map(teacher, student, part).diagonal}
             return Outcome(value, value)
 

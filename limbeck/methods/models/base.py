@@ -1,4 +1,8 @@
-"""The contract of the ``models`` family: classifiers in, one smaller classifier out, judged on accuracy, calibration, cost."""
+"""The contract of the ``models`` family: models in, a smaller model out, judged on quality, calibration and cost.
+
+The base classes are for classifiers; other kinds of model override :meth:`ModelDistiller.check_outputs`,
+:meth:`~ModelDistiller.quick_metrics` and :meth:`~ModelDistiller.evaluate`.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,9 @@ from limbeck.core.method import Method
 from limbeck.core.optim import Optimised, TrainingConfig, make_optimised
 from limbeck.core.seeding import preserved_random_state, seed_everything
 from limbeck.core.stage import Stage
-from limbeck.metrics.classification import agreement, classification_metrics, confusion_matrix, reliability_table
-from limbeck.metrics.cost import count_bytes, count_flops, count_parameters, measure_latency
 from limbeck.networks.artifacts import save_model
 from limbeck.tasks.base import Task, TaskConfig, cache_folder, load_task
+from limbeck.tasks.judging import judge_classifiers
 from limbeck.tasks.teachers import predictions, reference_teacher
 
 IGNORED = -100
@@ -159,9 +162,7 @@ class ModelDistiller(Method):
         with preserved_random_state():
             try:
                 self.train()
-                with torch.no_grad():
-                    logits = self.student_logits(batch)
-                self._check_labels(batch, logits)
+                self.check_outputs(batch)
                 losses = self.losses(batch)
                 for name, value in losses.items():
                     if not bool(torch.isfinite(value)):
@@ -183,8 +184,14 @@ class ModelDistiller(Method):
                         b.copy_(buffers[name])
                 self.train(was_training)
 
-    @staticmethod
-    def _check_labels(batch: Batch, logits: Tensor) -> None:
+    @torch.no_grad()
+    def check_outputs(self, batch: Batch) -> None:
+        """That the student's outputs and the labels fit each other; part of :meth:`check`.
+
+        Raises:
+            InputError: they do not.
+        """
+        logits = self.student_logits(batch)
         if logits.ndim != 2 or logits.shape[0] != len(batch):
             raise InputError(
                 f"the student gives logits of shape {tuple(logits.shape)}; expected ({len(batch)}, classes)"
@@ -213,7 +220,7 @@ class ModelDistiller(Method):
 
     def evaluate(self, test: Data, class_names: Sequence[str] | None = None) -> dict[str, Any]:
         """The family's measures on test data: quality, agreement with the teacher, calibration, size and speed."""
-        return judge(self.contestants(), test, class_names)
+        return judge_classifiers(self.contestants(), test, class_names)
 
     def save_artifact(self, folder: Path, description: dict[str, Any]) -> None:
         """The plain student, without projectors, heads or teachers."""
@@ -357,92 +364,6 @@ class _Transformed(nn.Module):
 
 def make_network(name: str, task: Task, seed: int) -> nn.Module:
     """A network for a task, initialised from ``seed`` without touching the caller's random state."""
-    c, h, w = task.in_shape
     with preserved_random_state():
         seed_everything(mix_seed(seed, 1))
-        return networks.build(name, in_shape=(c, h, w), num_classes=task.num_classes)
-
-
-def judge(models: Mapping[str, nn.Module], test: Data, class_names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure several models on the same test data.
-
-    Args:
-        models: by role; ``student`` is compared with ``teacher`` where both are there.
-        test: with labels.
-        class_names: for the confusion matrix.
-
-    Returns:
-        ``rows``: for each model quality, calibration, parameters, bytes, FLOPs per sample, latency per batch of 64 and its
-        ratio to the first; ``agreement`` of the student with the teachers; ``confusion`` of the student.
-    """
-    modes = {role: m.training for role, m in models.items()}
-    for model in models.values():
-        model.eval()
-    sample = test.fetch(torch.arange(min(64, len(test))), None)
-    devices = {next(m.parameters()).device for m in models.values()}
-    sample = sample.to(next(iter(devices)))
-    said = {role: predictions(model, test) for role, model in models.items()}
-    labels = next(iter(said.values()))[1]
-    classes = next(iter(said.values()))[0].shape[1]
-    speed = measure_latency(dict(models), sample.inputs)
-    rows = []
-    for role, model in models.items():
-        quality = classification_metrics(said[role][0], labels, classes)
-        cost = {
-            "parameters": count_parameters(model),
-            "bytes": count_bytes(model),
-            "flops": count_flops(model, sample.inputs),
-            "latency": speed[role]["median_seconds"],
-            "latency_ratio": speed[role]["ratio"],
-        }
-        rows.append({"who": role, **quality, **cost})
-    for role, model in models.items():
-        model.train(modes[role])
-    first = next(iter(models))
-    teachers = [said[r][0] for r in models if r.startswith("teacher")]
-    result: dict[str, Any] = {"rows": rows}
-    if teachers:
-        result["agreement"] = agreement(said[first][0], torch.stack(teachers).mean(0))
-    pictures = sample_pictures(said[first][0], labels, test, class_names)
-    if pictures:
-        result["pictures"] = pictures
-    result["reliability"] = reliability_table(torch.softmax(said[first][0], -1), labels)
-    matrix = confusion_matrix(said[first][0], labels, classes)
-    result["confusion"] = {"labels": list(class_names or map(str, range(classes))), "matrix": matrix.tolist()}
-    return result
-
-
-def sample_pictures(
-    logits: Tensor, labels: Tensor, test: Data, class_names: Sequence[str] | None = None, most: int = 20
-) -> list[dict[str, str]]:
-    """Test images that the student is most sure of and right about, and those it is most sure of and wrong about.
-
-    Returns:
-        entries with ``title``, ``caption`` and ``png`` (base64); none where the data is no set of stored images.
-    """
-    images = getattr(test, "inputs", None)
-    if (
-        not isinstance(images, Tensor)
-        or images.dtype != torch.uint8
-        or images.ndim != 4
-        or images.shape[1] not in (1, 3)
-    ):
-        return []
-    from limbeck.report.sheets import picture_sheet
-
-    sure, said = torch.softmax(logits, -1).max(-1)
-    right = said == labels
-    names = list(class_names or map(str, range(logits.shape[1])))
-    sheets = []
-    for title, chosen in (("Surest mistakes", ~right), ("Surest right answers", right)):
-        ids = chosen.nonzero().flatten()
-        ids = ids[sure[ids].argsort(descending=True)][:most]
-        if not len(ids):
-            continue
-        lines = [
-            names[int(labels[i])] if bool(right[i]) else f"{names[int(labels[i])]}, not {names[int(said[i])]}"
-            for i in ids
-        ]
-        caption = f"{int(chosen.sum())} of {len(labels)} test images; shown are the {len(ids)} of highest confidence."
-        sheets.append({"title": title, "caption": caption, "png": picture_sheet(images[ids].numpy(), lines)})
-    return sheets
+        return networks.build(name, in_shape=task.in_shape, num_classes=task.num_classes)

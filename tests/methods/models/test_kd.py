@@ -17,7 +17,7 @@ from limbeck.core.batch import Batch
 from limbeck.core.data import TensorData
 from limbeck.core.errors import InputError
 from limbeck.methods.models import KD, Supervised
-from limbeck.methods.models.base import judge
+from limbeck.tasks.judging import judge_classifiers
 from tests.helpers import resumed_equals_uninterrupted
 
 
@@ -201,7 +201,7 @@ def test_fit_on_own_modules_and_arrays(tmp_path):
 
 def test_judging_leaves_modes_alone_and_compares():
     models = {"student": net().train(), "teacher": net(32, seed=1).eval()}
-    found = judge(models, data(), ["a", "b", "c"])
+    found = judge_classifiers(models, data(), ["a", "b", "c"])
     assert [r["who"] for r in found["rows"]] == ["student", "teacher"]
     assert models["student"].training and not models["teacher"].training
     assert np.sum(found["confusion"]["matrix"]) == 60 and found["confusion"]["labels"] == ["a", "b", "c"]
@@ -225,7 +225,7 @@ def test_label_smoothing():
 def test_pictures_show_the_surest_mistakes_and_right_answers():
     import base64
 
-    from limbeck.methods.models.base import sample_pictures
+    from limbeck.tasks.judging import sample_pictures
 
     images = TensorData((torch.rand(6, 1, 8, 8) * 255).to(torch.uint8), torch.tensor([0, 1, 0, 1, 0, 1]))
     logits = torch.tensor([[3.0, 0], [0, 3], [0, 1], [2, 0], [1, 0], [0, 1]])
