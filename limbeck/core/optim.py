@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from limbeck.core.config import Config
 
-Schedule = Literal["constant", "cosine", "linear", "step"]
+Schedule = Literal["constant", "cosine", "linear", "poly", "step"]
+POLY_POWER = 0.9
 
 
 class TrainingConfig(Config):
@@ -27,6 +28,8 @@ class TrainingConfig(Config):
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="weight decay (decoupled for adamw)")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd; Nesterov when above 0")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of adam's and adamw's two running means")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator of adam's and adamw's steps")
     schedule: Schedule = Field("cosine", description="course of the learning rate after warm-up")
     milestones: tuple[float, ...] = Field(
         (0.625, 0.75, 0.875), description="fractions of training where 'step' divides the rate by 10"
@@ -52,15 +55,24 @@ class Optimised:
 
 
 def make_optimised(
-    parameters: Iterable[nn.Parameter], config: TrainingConfig, steps: int, *, lr: float | None = None
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+    config: TrainingConfig,
+    steps: int,
+    *,
+    lr: float | None = None,
 ) -> Optimised:
-    """The optimiser and schedule that ``config`` describes, for a stage of ``steps`` updates."""
-    parameters = list(parameters)
+    """The optimiser and schedule that ``config`` describes, for a stage of ``steps`` updates.
+
+    Args:
+        parameters: or parameter groups, whose own ``lr`` and ``weight_decay`` win; the schedule scales every group's rate.
+        lr: peak rate; the config's if None.
+    """
+    listed: list[Any] = list(parameters)
     rate = config.lr if lr is None else lr
     optimizer: torch.optim.Optimizer
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(
-            parameters,
+            listed,
             lr=rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -68,7 +80,7 @@ def make_optimised(
         )
     else:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-        optimizer = kind(parameters, lr=rate, weight_decay=config.weight_decay)
+        optimizer = kind(listed, lr=rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     factor = lr_factor(config.schedule, steps, config.warmup, config.milestones)
     return Optimised(optimizer, LambdaLR(optimizer, factor), config.clip_grad)
 
@@ -88,6 +100,8 @@ class lr_factor:
             return 0.5 * (1 + math.cos(math.pi * done))
         if self.schedule == "linear":
             return 1 - done
+        if self.schedule == "poly":  # usual where pixels are classified
+            return (1 - done) ** POLY_POWER
         if self.schedule == "step":
             return 0.1 ** sum(step / self.steps >= m for m in self.milestones)
         return 1.0
