@@ -116,15 +116,33 @@ class ModelDistiller(Method):
         """One stage; methods with several override this."""
         return [self.stage("distillation", train, val, seed=seed)]
 
-    def stage(self, name: str, train: Data, val: Data | None, *, seed: int, **changes: Any) -> Stage:
-        """The family's usual stage: gradient steps on ``self.losses``, the student evaluated now and then."""
-        stream = Stream(train, self.config.batch_size, seed=mix_seed(seed, 5), views=self.config.views)
-        steps = self.config.total_steps(stream.steps_per_epoch)
+    def stage(
+        self,
+        name: str,
+        train: Data,
+        val: Data | None,
+        *,
+        seed: int,
+        recipe: TrainingConfig | None = None,
+        **changes: Any,
+    ) -> Stage:
+        """The family's usual stage: gradient steps on ``self.losses``, the student evaluated now and then.
+
+        Args:
+            name: of the stage.
+            train, val: data.
+            seed: seeds the order of the batches.
+            recipe: budget and batch size, where they are others than the config's.
+            changes: fields of :class:`~limbeck.core.stage.Stage` that differ.
+        """
+        recipe = self.config if recipe is None else recipe
+        stream = Stream(train, recipe.batch_size, seed=mix_seed(seed, 5), views=self.config.views)
+        steps = recipe.total_steps(stream.steps_per_epoch)
         count = self.config.evaluations
         settings: dict[str, Any] = {
             "losses": self.losses,
             "optimisers": lambda: self.optimisers(steps),
-            "accumulate": self.config.accumulate,
+            "accumulate": recipe.accumulate,
             "normalisers": self.normalisers,
             "evaluate": None if val is None or count == 0 else lambda: self.quick_metrics(val),
             "evaluate_every": max(1, steps // count) if count else 0,
