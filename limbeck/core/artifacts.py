@@ -41,7 +41,10 @@ class Artifact:
 
 
 Reader = Callable[..., Any]
-_READERS: dict[str, str | Reader] = {"model": "limbeck.networks.artifacts:read_model"}
+_READERS: dict[str, str | Reader] = {
+    "model": "limbeck.networks.artifacts:read_model",
+    "multi-exit": "limbeck.networks.multi_exit:read_exits",
+}
 
 
 def register_kind(kind: str, reader: Reader) -> None:
