@@ -42,11 +42,16 @@ class Card:
     claim: str
     implementation: str
     baseline: bool = False
+    also: tuple[str, ...] = ()
+    """Further public classes of the method, ``module:Class`` as ``implementation``: another form of it, say."""
 
     def load(self) -> type:
         """The class that implements the method."""
-        module, _, attribute = self.implementation.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return _load(self.implementation)
+
+    def classes(self) -> dict[str, str]:
+        """Where each public class of the method lives, by its name; the one of a run by name comes first."""
+        return {target.partition(":")[2]: target for target in (self.implementation, *self.also)}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +62,7 @@ def cards() -> dict[str, Card]:
     """All cards by name, in the file's order."""
     with open(Path(__file__).with_name("catalogue.toml"), "rb") as file:
         entries = tomllib.load(file)
-    return {name: Card(name=name, **entry) for name, entry in entries.items()}
+    return {name: Card(name=name, **{**entry, "also": tuple(entry.get("also", ()))}) for name, entry in entries.items()}
 
 
 def get(name: str) -> Card:
@@ -83,13 +88,19 @@ def of_family(family: str) -> Iterator[Card]:
     return (card for card in cards().values() if card.family == family)
 
 
+def _load(target: str) -> type:
+    module, _, attribute = target.partition(":")
+    found: type = getattr(importlib.import_module(module), attribute)
+    return found
+
+
 def lazy_classes(family: str) -> Callable[[str], Any]:
     """A module's ``__getattr__`` that imports the family's classes when they are asked for."""
 
     def find(attribute: str) -> Any:
         for card in of_family(family):
-            if card.implementation.partition(":")[2] == attribute:
-                return card.load()
+            if attribute in card.classes():
+                return _load(card.classes()[attribute])
         raise AttributeError(f"module 'limbeck.methods.{family}' has no attribute '{attribute}'")
 
     return find

@@ -127,6 +127,7 @@ def _show(arguments: list[str]) -> int:
         ("claim", card.claim),
         ("run", f"limbeck run {card.name}"),
         ("import", f"from {card.implementation.replace(':', ' import ')}"),
+        *(("also", f"from {target.replace(':', ' import ')}") for target in card.also),
     ):
         print(f"  {label:7} {text}")
     return 0

@@ -52,7 +52,8 @@ def fit(
 
     Args:
         method: a name from the catalogue, a class, or an object.
-        data: training data: tensors ``(x, y)``, a map-style data set, a ``DataLoader``. None: the task that ``task`` names.
+        data: training data: tensors ``(x, y)``, a map-style data set, a ``DataLoader``. None: the task that ``task`` names. A path or
+            a name: what ``--data`` takes.
         unlabelled: further training data without labels, for methods that learn from it too.
         val, test: the same for validation and testing; both may be left out with own data.
         out: the run's folder. None keeps everything in memory; nothing can then be resumed.
@@ -71,6 +72,8 @@ def fit(
         TrainingDiverged, Interrupted, RunError: see the engine.
     """
     options = engine if isinstance(engine, EngineConfig) else validate(EngineConfig, dict(engine or {}))
+    if isinstance(data, str | Path):  # a task's setting of the same name: where its data is
+        settings, data = {"data": str(data), **settings}, None
     by_name = not isinstance(method, Method) and data is None
     if by_name and unlabelled is not None:
         raise InputError("unlabelled data goes with data of your own; a task keeps some labels with labelled=…")

@@ -227,9 +227,14 @@ def _one(name: str, data_root: str | None, job: Job, alone: bool) -> tuple[Job, 
 def source_key(name: str, claim: Claim) -> str:
     """A hash of what a measurement depends on: the claim's module, the method's module, the data."""
     digest = hashlib.sha256(json.dumps(dict(claim.data), sort_keys=True, default=str).encode())
-    implementation = catalogue.get(name).implementation.partition(":")[0]
+    own = dict.fromkeys(target.partition(":")[0] for target in catalogue.get(name).classes().values())
     family = catalogue.get(name).family
-    for module in (module_of(name), implementation, f"limbeck.claims.{family}.common", "limbeck.tasks.teachers"):
+    beside = [  # modules of the family that the claim imports: grounds and arms shared by several claims
+        value.__name__
+        for value in vars(importlib.import_module(module_of(name))).values()
+        if inspect.ismodule(value) and value.__name__.startswith(f"limbeck.claims.{family}.")
+    ]
+    for module in (module_of(name), *own, *beside, "limbeck.tasks.teachers"):
         digest.update(inspect.getsource(importlib.import_module(module)).encode())
     return digest.hexdigest()[:12]
 

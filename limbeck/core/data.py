@@ -22,7 +22,11 @@ from limbeck.core.errors import InputError
 
 
 class Augmentation(Protocol):
-    """A replayable augmentation: parameters are drawn for all samples of a view, then applied to any subset."""
+    """A replayable augmentation: parameters are drawn for all samples of a view, then applied to any subset.
+
+    Where labels are maps (B, H, W), they must move with the image: an augmentation for such data also has
+    ``apply_labels(labels, parameters)``, label maps in, label maps out, under the same parameters.
+    """
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Parameters (n, k) for all ``n`` samples of one view."""
@@ -75,13 +79,14 @@ class TensorData(Data):
 
     Args:
         inputs: (N, ...) tensor; uint8 images are scaled to [0, 1] when fetched, and then normalised.
-        labels: (N,) int64 class indices, (N, C) soft labels, or None.
+        labels: (N,) int64 class indices, (N, C) soft labels, (N, H, W) int64 label maps, or None.
         mean, std: per-channel statistics (C,) for the normalisation; None leaves the values as they are.
         augment: a replayable augmentation, applied before the normalisation when a view is asked for.
         seed: seeds the views.
 
     Raises:
-        InputError: empty data, lengths that differ, NaN or infinity in the inputs.
+        InputError: empty data, lengths that differ, NaN or infinity in the inputs, label maps with an augmentation that does
+            not move them.
     """
 
     def __init__(
@@ -101,6 +106,11 @@ class TensorData(Data):
         if inputs.is_floating_point() and not torch.isfinite(inputs).all():
             bad = int((~torch.isfinite(inputs)).flatten(1).any(1).nonzero()[0])
             raise InputError(f"the inputs hold NaN or infinity (first in sample {bad}): clean the data first")
+        if labels is not None and labels.ndim > 2 and augment is not None and not hasattr(augment, "apply_labels"):
+            raise InputError(
+                f"{type(augment).__name__} moves images and leaves their label maps where they are: "
+                "give an augmentation with apply_labels"
+            )
         self.inputs, self.labels, self.augment, self.seed = inputs, labels, augment, seed
         view = (1, -1) + (1,) * (inputs.ndim - 2)
         self._mean = None if mean is None else torch.tensor(mean, dtype=torch.float32).view(view)
@@ -115,11 +125,16 @@ class TensorData(Data):
         x = self.inputs[index]
         if x.dtype == torch.uint8:
             x = x.float().div_(255)
+        labels = None if self.labels is None else self.labels[index]
         if self.augment is not None and view is not None:
-            x = self.augment.apply(x, self._parameters(view)[index])
+            parameters = self._parameters(view)[index]
+            x = self.augment.apply(x, parameters)
+            move = getattr(self.augment, "apply_labels", None)
+            if labels is not None and move is not None:
+                labels = move(labels, parameters)
         if self._mean is not None and self._std is not None:
             x = (x - self._mean) / self._std
-        return Batch(x, None if self.labels is None else self.labels[index], index, view)
+        return Batch(x, labels, index, view)
 
     @property
     def augmented(self) -> bool:

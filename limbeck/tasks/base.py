@@ -29,6 +29,9 @@ class TaskConfig(Config):
         None,
         description="a data set of your own: a folder of images or parquet files, or a Hugging Face data set's name",
     )
+    label_column: str | None = Field(
+        None, description="column of a table that is to be predicted; none: label, target, class or y"
+    )
     data_root: str | None = Field(None, description="folder that holds mnist/, cifar10/ …; default: $LIMBECK_DATA")
     train_size: int | None = Field(None, ge=1, description="use so many training samples, stratified; none: all")
     labelled: int | None = Field(
@@ -98,7 +101,15 @@ _TASKS: dict[str, str] = {
     "digits": "limbeck.tasks.digits:load",
     "mnist": "limbeck.tasks.images:load_mnist",
     "cifar10": "limbeck.tasks.images:load_cifar10",
+    "wine": "limbeck.tasks.tabular:load_wine",
+    "breast-cancer": "limbeck.tasks.tabular:load_breast_cancer",
+    "adult": "limbeck.tasks.tabular:load_adult",
+    "table": "limbeck.tasks.tabular:load_file",
+    "shapes": "limbeck.tasks.segmentation:load_shapes",
+    "topomortar": "limbeck.tasks.segmentation:load_topomortar",
+    "stdlib-code": "limbeck.tasks.code:load",
 }
+_READ_OWN_DATA = {"stdlib-code", "table"}  # tasks that read --data themselves, since it holds no images
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -110,7 +121,11 @@ def load_task(config: TaskConfig) -> Task:
     """
     import importlib
 
-    target = "limbeck.tasks.images:load_any" if config.data is not None else _TASKS.get(config.task)
+    own_reader = config.data is None or config.task in _READ_OWN_DATA
+    name = config.task
+    if not own_reader and config.data is not None and config.data.lower().endswith((".csv", ".tsv")):
+        name, own_reader = "table", True
+    target = _TASKS.get(name) if own_reader else "limbeck.tasks.images:load_any"
     if target is None:
         raise UnknownNameError(
             "task", config.task, _TASKS, hint=f"Known: {', '.join(_TASKS)}; your own data goes in with --data."

@@ -12,4 +12,4 @@ __getattr__ = catalogue.lazy_classes("models")
 
 
 def __dir__() -> list[str]:
-    return sorted(card.implementation.partition(":")[2] for card in catalogue.of_family("models"))
+    return sorted(name for card in catalogue.of_family("models") for name in card.classes())
