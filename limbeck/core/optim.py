@@ -29,7 +29,7 @@ class TrainingConfig(Config):
     weight_decay: float = Field(1e-4, ge=0, description="weight decay (decoupled for adamw)")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd; Nesterov when above 0")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay of adam's and adamw's two running means")
-    eps: float = Field(1e-8, gt=0, description="added to the denominator of adam's and adamw's steps")
+    adam_eps: float = Field(1e-8, gt=0, description="added to the denominator of adam's and adamw's steps")
     schedule: Schedule = Field("cosine", description="course of the learning rate after warm-up")
     milestones: tuple[float, ...] = Field(
         (0.625, 0.75, 0.875), description="fractions of training where 'step' divides the rate by 10"
@@ -52,6 +52,11 @@ class Optimised:
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """A module's parameters that are not frozen."""
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def make_optimised(
@@ -80,7 +85,7 @@ def make_optimised(
         )
     else:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-        optimizer = kind(listed, lr=rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        optimizer = kind(listed, lr=rate, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay)
     factor = lr_factor(config.schedule, steps, config.warmup, config.milestones)
     return Optimised(optimizer, LambdaLR(optimizer, factor), config.clip_grad)
 

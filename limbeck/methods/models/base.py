@@ -102,9 +102,19 @@ class ModelDistiller(Method):
     @classmethod
     def from_modules(cls, student: Any, teacher: Any, config: Config, *, sample: Batch) -> Self:
         """The method on a user's own modules; ``sample`` is a batch that shows the shapes."""
-        if student is None:
-            raise InputError(f"{cls.name} needs student=… (an nn.Module)")
+        cls.require(student=student)
         return cls(student, config)
+
+    @classmethod
+    def require(cls, **modules: Any) -> None:
+        """That modules which the method cannot do without were given.
+
+        Raises:
+            InputError: one is None.
+        """
+        for role, value in modules.items():
+            if value is None:
+                raise InputError(f"{cls.name} needs {role}=… (an nn.Module)")
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -298,9 +308,7 @@ class OfflineDistiller(ModelDistiller):
 
     @classmethod
     def from_modules(cls, student: Any, teacher: Any, config: Any, *, sample: Batch) -> Self:
-        for role, value in (("student", student), ("teacher", teacher)):
-            if value is None:
-                raise InputError(f"{cls.name} needs {role}=… (an nn.Module)")
+        cls.require(student=student, teacher=teacher)
         return cls(student, teacher, config)
 
     @classmethod

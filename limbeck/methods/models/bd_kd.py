@@ -251,9 +251,7 @@ class BDKD(ModelDistiller):
 
     @classmethod
     def from_modules(cls, student: Any, teacher: Any, config: Any, *, sample: Batch) -> Self:
-        for role, value in (("student", student), ("teacher", teacher)):
-            if value is None:
-                raise InputError(f"{cls.name} needs {role}=… (an untrained nn.Module)")
+        cls.require(student=student, teacher=teacher)
         return cls(student, teacher, config)
 
     def contestants(self) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck.adapters.patch_tokens import patch_decoder, patch_encoder
+from limbeck.blocks.classes import class_count
 from limbeck.blocks.layer_decay import decay_groups, layer_decay_groups
 from limbeck.blocks.masking import TokenMask, masked_mse, patchify, standardise_patches
 from limbeck.blocks.mixup import mix, soft_labels
@@ -211,20 +212,10 @@ class MaskedDistiller(ModelDistiller):
         """Images and soft labels (B, C) of a batch for fine-tuning, after mixup or CutMix."""
         c, labels = self.config, self.labels(batch)
         images = self.images(batch)
-        classes = self.classes(images)
+        classes = class_count(self.student, "fine-tuning")
         if not self.training:
             return images, soft_labels(labels, classes)
         return mix(images, labels, classes, mixup=c.mixup, cutmix=c.cutmix, smoothing=c.label_smoothing)
-
-    def classes(self, images: Tensor) -> int:
-        """How many classes the student tells apart."""
-        known = getattr(self.student, "num_classes", None) or getattr(
-            getattr(self.student, "config", None), "num_labels", None
-        )
-        if isinstance(known, int) and known > 0:
-            return known
-        with torch.no_grad():
-            return self.student_logits(Batch(images[:1])).shape[-1]
 
     def finetuning_losses(self, batch: Batch) -> Losses:
         """Cross-entropy on (mixed, smoothed) labels."""
@@ -254,9 +245,7 @@ class MaskedDistiller(ModelDistiller):
 
     @classmethod
     def from_modules(cls, student: Any, teacher: Any, config: Any, *, sample: Batch) -> Self:
-        for role, value in (("student", student), ("teacher", teacher)):
-            if value is None:
-                raise InputError(f"{cls.name} needs {role}=… (an nn.Module)")
+        cls.require(student=student, teacher=teacher)
         return cls(student, teacher, config, pretrained=not config.teacher_epochs)
 
     # ---- stages ------------------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from limbeck.blocks.classes import class_count
 from limbeck.blocks.discriminators import LogitDiscriminator
 from limbeck.blocks.mixing import CutMix
 from limbeck.blocks.teachers import TeacherOutput, Teachers
 from limbeck.core.batch import Batch, Losses, map_tensors
 from limbeck.core.data import Data, mix_seed
 from limbeck.core.errors import InputError
-from limbeck.core.optim import Optimised, make_optimised
+from limbeck.core.optim import Optimised, make_optimised, trainable
 from limbeck.core.seeding import preserved_random_state, seed_everything
 from limbeck.core.stage import Stage
 from limbeck.losses.adversarial import discriminator_bce, gradient_reversal
@@ -171,7 +172,7 @@ class MEALV2(OfflineDistiller):
             like = next((p for p in student.parameters() if p.is_floating_point()), torch.zeros(()))
             dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
             self.discriminator = LogitDiscriminator(
-                _class_count(student) if num_classes is None else num_classes,
+                class_count(student, "the discriminator") if num_classes is None else num_classes,
                 final_relu=self.config.adversarial == "official",
             ).to(like.device, dtype)
 
@@ -257,9 +258,7 @@ class MEALV2(OfflineDistiller):
 
     @classmethod
     def from_modules(cls, student: Any, teacher: Any, config: Any, *, sample: Batch) -> Self:
-        for role, value in (("student", student), ("teacher", teacher)):
-            if value is None:
-                raise InputError(f"{cls.name} needs {role}=… (an nn.Module)")
+        cls.require(student=student, teacher=teacher)
         teachers = teacher if isinstance(teacher, Teachers) else Teachers(teacher)
         return cls(student, teachers, config, num_classes=teachers(sample).logits.shape[-1])
 
@@ -290,7 +289,7 @@ class MEALV2(OfflineDistiller):
         return replace(
             stage,
             steps=steps,
-            optimisers=lambda: {"student": make_optimised(_trainable(self.student), recipe, steps)},
+            optimisers=lambda: {"student": make_optimised(trainable(self.student), recipe, steps)},
             evaluate_every=max(1, steps // config.evaluations) if config.evaluations else 0,
         )
 
@@ -299,10 +298,10 @@ class MEALV2(OfflineDistiller):
 
     def optimisers(self, steps: int) -> Mapping[str, Optimised]:
         """One for the student and one for the discriminator, alike but for ``discriminator_lr``; both step in every step."""
-        made = {"student": make_optimised(_trainable(self.student), self.config, steps)}
+        made = {"student": make_optimised(trainable(self.student), self.config, steps)}
         if self.discriminator is not None:
             made["discriminator"] = make_optimised(
-                _trainable(self.discriminator), self.config, steps, lr=self.config.discriminator_lr
+                trainable(self.discriminator), self.config, steps, lr=self.config.discriminator_lr
             )
         return made
 
@@ -345,20 +344,3 @@ def compress_top_k(
 _UNCACHEABLE = (
     "cutmix makes new images in every batch, so teacher outputs cannot be kept: turn off cutmix or the teacher cache"
 )
-
-
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def _class_count(model: nn.Module) -> int:
-    """The number of classes of a classifier, from what its library or its last layer says."""
-    for said in (getattr(model, "num_classes", None), getattr(getattr(model, "config", None), "num_labels", None)):
-        if isinstance(said, int) and said > 0:
-            return said
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise InputError(
-            "the discriminator must know the number of classes, and the student does not show it: give num_classes=…"
-        )
-    return linear[-1].out_features

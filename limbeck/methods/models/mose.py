@@ -18,7 +18,7 @@ from limbeck.blocks.multi_exit import ExitEncoder, MultiExit, Pooling, pool
 from limbeck.core.batch import Batch, Losses, call_model, map_tensors
 from limbeck.core.data import Data, mix_seed
 from limbeck.core.errors import InputError
-from limbeck.core.optim import Optimised, make_optimised
+from limbeck.core.optim import Optimised, make_optimised, trainable
 from limbeck.core.seeding import preserved_random_state, seed_everything
 from limbeck.core.stage import Stage
 from limbeck.losses.contrastive import similarity_logits
@@ -291,7 +291,7 @@ class MoSE(ModelDistiller):
 
     def optimisers(self, steps: int) -> Mapping[str, Optimised]:
         """One, over the encoder and its exits' heads; the heads of pre-training are done with."""
-        return {"main": make_optimised(_trainable(self.student), self.config, steps)}
+        return {"main": make_optimised(trainable(self.student), self.config, steps)}
 
     def stages(self, train: Data, val: Data | None = None, *, seed: int = 0) -> list[Stage]:
         """``fine-tuning``, after ``pretraining`` where ``pretrain_epochs`` are asked for.
@@ -316,7 +316,7 @@ class MoSE(ModelDistiller):
         stage = self.stage("pretraining", contexts, None, seed=mix_seed(seed, 36), losses=self.pretraining_losses)
         assert stage.stream is not None and self.pretraining is not None
         steps = max(1, round(config.pretrain_epochs * stage.stream.steps_per_epoch))
-        trained = [*_trainable(self.student.encoder), *_trainable(self.pretraining)]
+        trained = [*trainable(self.student.encoder), *trainable(self.pretraining)]
         return replace(
             stage,
             steps=steps,
@@ -375,7 +375,3 @@ class MoSE(ModelDistiller):
             InputError: no such exit.
         """
         save_exits(self.truncate(exit), Path(folder), {"method": self.name, "preparation": self.preparation})
-
-
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]

@@ -263,9 +263,7 @@ class OFAKD(OfflineDistiller):
 
     @classmethod
     def from_modules(cls, student: Any, teacher: Any, config: Any, *, sample: Batch) -> Self:
-        for role, value in (("student", student), ("teacher", teacher)):
-            if value is None:
-                raise InputError(f"{cls.name} needs {role}=… (an nn.Module)")
+        cls.require(student=student, teacher=teacher)
         return cls(student, teacher, config, sample=sample)
 
     @classmethod

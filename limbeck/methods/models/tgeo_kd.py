@@ -381,9 +381,7 @@ class TGeoKD(OfflineDistiller):
 
     @classmethod
     def from_modules(cls, student: Any, teacher: Any, config: Any, *, sample: Batch) -> Self:
-        for role, value in (("student", student), ("teacher", teacher)):
-            if value is None:
-                raise InputError(f"{cls.name} needs {role}=… (an nn.Module)")
+        cls.require(student=student, teacher=teacher)
         teachers = teacher if isinstance(teacher, Teachers) else Teachers(teacher)
         return cls(student, teachers, config, num_classes=teachers(sample).logits.shape[-1])
 
