@@ -52,7 +52,12 @@ def page(card: catalogue.Card) -> str:
     parts = [f"# {card.title}", f"`{card.name}`, from *{card.paper}* ({card.year}). {card.summary}"]
     parts += [f"**Needs** {card.needs}. **Gives** {card.gives}.", f"    limbeck run {card.name}"]
     parts += ["## What it does", "```text\n" + inspect.cleandoc(cls.__doc__ or "") + "\n```"]
-    parts += ["## Settings", settings(cls), "## Its claim", card.claim, verdict(card.name)]
+    parts += ["## Settings", settings(cls)]
+    for name, target in card.classes().items():
+        if target != card.implementation:
+            also: Any = catalogue.load_class(target)
+            parts += [f"## Also: `{name}`", "```text\n" + inspect.cleandoc(also.__doc__ or "") + "\n```"]
+    parts += ["## Its claim", card.claim, verdict(card.name)]
     return "\n\n".join(parts) + "\n"
 
 

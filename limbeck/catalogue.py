@@ -47,7 +47,7 @@ class Card:
 
     def load(self) -> type:
         """The class that implements the method."""
-        return _load(self.implementation)
+        return load_class(self.implementation)
 
     def classes(self) -> dict[str, str]:
         """Where each public class of the method lives, by its name; the one of a run by name comes first."""
@@ -88,7 +88,8 @@ def of_family(family: str) -> Iterator[Card]:
     return (card for card in cards().values() if card.family == family)
 
 
-def _load(target: str) -> type:
+def load_class(target: str) -> type:
+    """The class behind ``module:Class``."""
     module, _, attribute = target.partition(":")
     found: type = getattr(importlib.import_module(module), attribute)
     return found
@@ -100,7 +101,7 @@ def lazy_classes(family: str) -> Callable[[str], Any]:
     def find(attribute: str) -> Any:
         for card in of_family(family):
             if attribute in card.classes():
-                return _load(card.classes()[attribute])
+                return load_class(card.classes()[attribute])
         raise AttributeError(f"module 'limbeck.methods.{family}' has no attribute '{attribute}'")
 
     return find

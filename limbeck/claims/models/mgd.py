@@ -4,11 +4,14 @@ Fixed before any test data was looked at, and why:
 
 - Data: the verdict rests on drawn shapes, 24 labelled and 360 unlabelled pictures of 48 x 48 pixels. The first choice was
   TopoMortar, which is real: photographs of walls at 128 x 128 pixels, 3 of 50 labelled. On its validation photographs (one tuning
-  seed) the student alone had 68.9 % mean IoU, and the wide and deep teacher by cross pseudo supervision 68.1 % and 67.6 %; a wide
-  network on the labels alone was 3 to 5 points above the student, and one with all labels 76 %. Mortar is found by looking at a
-  few pixels, so size buys little, and by the rule below such teachers have nothing to teach. On the shapes' validation pictures
-  they are 9 points above the student alone. Where TopoMortar is given, the method and its two main baselines are run there
-  as well (``walls-…``, one learning rate for all) and reported whatever comes out.
+  seed) students of 3 to 8 channels had 69 to 71 % mean IoU on labels alone, and the wide and deep teacher 68 % each: mortar is
+  found by looking at a few pixels, so size buys nothing and overfits three photographs. By the rule below such teachers have
+  nothing to teach, and students that listened to them had 66 to 67 %. Where TopoMortar is given, the method and the student alone
+  are run there as well (``walls-…``) and reported whatever comes out.
+- Student: three levels as the teachers, 3 channels wide at first. On the shapes' validation pictures (one tuning seed) the teachers
+  had 73 and 72 %, and students of 8, 4 (two levels) and 3 channels by cross pseudo supervision alone 71, 67 and 56 %: the widest
+  of them was as good as its teachers without any. The paper's students are far below their teachers, so the narrow one is the case
+  that its claim is about. What the method does for the student of 8 channels is reported (``w8-…``).
 - Teachers: both learn by cross pseudo supervision on exactly the labelled and unlabelled images that the students get, once; no
   arm sees another label. They are arms of their own, so that their mean IoU stands beside the students'. A teacher that is not
   clearly better than the student has nothing to teach: unless both are 5 points above the student alone, the comparison says
@@ -21,7 +24,8 @@ Fixed before any test data was looked at, and why:
 
 The verdict rests on the paper's three comparisons: with the student on labels alone, with the student by cross pseudo supervision
 without a teacher, and with plain distillation on the labelled images. The ablations are reported: without image and region level,
-without unlabelled images, and with the deep teacher alone, which then gives all levels.
+without unlabelled images, and with the deep teacher alone, which then gives all levels. Arms on TopoMortar and with the wider
+student have one learning rate, the higher one, which tended to be better in the pilots.
 """
 
 from __future__ import annotations
@@ -50,8 +54,9 @@ from limbeck.tasks.judging_segmentation import segmenter_metrics
 from limbeck.tasks.segmenters import reference_segmenter
 
 RATES = ({"lr": 5e-3}, {"lr": 1e-2})
+FIXED = ({"lr": 1e-2},)
 TEACHES = 0.05
-STEPS, TEACHER_STEPS = 300, 400
+STEPS, TEACHER_STEPS = 250, 400
 SHARED: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "unlabelled_batch_size": 4, "evaluations": 0}
 TEMPERATURE = 2.0
 ALONE: dict[str, Any] = {"pixel_labelled": 0.0, "pixel_unlabelled": 0.0, "weight_image": 0.0, "weight_region": 0.0}
@@ -85,13 +90,14 @@ class Ground:
     name: str
     labelled: int
     data_root: str | None = None
+    network: str = "segmenter-w3-l3-b1"
 
     @property
     def task(self) -> Task:
         return common.task(self.data_root, self.name, None, labelled=self.labelled)
 
     def student(self, seed: int) -> nn.Module:
-        return make_network(self.task.networks["student"], self.task, seed)
+        return make_network(self.network, self.task, seed)
 
     def teachers(self) -> list[nn.Module]:
         """The wide and the deep one."""
@@ -136,6 +142,7 @@ def _teacher(ground: Ground, role: str) -> nn.Module:
 def claim(data_root: str | None = None) -> Claim:
     """24 labelled and 360 unlabelled pictures of shapes; 3 and 47 photographs of TopoMortar, reported, where it is given."""
     ground = Ground("shapes", 24)
+    wider = Ground("shapes", 24, network="segmenter-w8-l3-b1")
 
     def mgd(**settings: Any) -> Callable[[Mapping[str, Any], int], Outcome]:
         return functools.partial(ground.mgd, **settings)
@@ -163,6 +170,8 @@ def claim(data_root: str | None = None) -> Claim:
             )
             for role in ROLES
         },
+        "w8-mgd": Arm("control", "MGD for a student of 8 channels", wider.mgd, FIXED),
+        "w8-cps": Arm("control", "a student of 8 channels by cross pseudo supervision", wider.crossed, FIXED),
     }
     checks = [
         check("its mean IoU is higher than on labels alone", "mgd", "supervised", headline=True),
@@ -174,14 +183,14 @@ def claim(data_root: str | None = None) -> Claim:
         check("image and region level help", "mgd", "pixels-only"),
         check("unlabelled images help", "mgd", "labelled-only"),
         check("two teachers beat the deep one alone", "mgd", "deep-alone"),
+        check("a student of 8 channels: it beats cross pseudo supervision", "w8-mgd", "w8-cps"),
     ]
     data = ground.task.describe()
     if common.available("topomortar", data_root):
         walls = Ground("topomortar", 3, data_root)
         arms |= {
-            "walls-mgd": Arm("control", "TopoMortar: MGD", walls.mgd),
-            "walls-supervised": Arm("control", "TopoMortar: the student on labels alone", walls.alone),
-            "walls-cps": Arm("control", "TopoMortar: the student by cross pseudo supervision", walls.crossed),
+            "walls-mgd": Arm("control", "TopoMortar: MGD", walls.mgd, FIXED),
+            "walls-supervised": Arm("control", "TopoMortar: the student on labels alone", walls.alone, FIXED),
             **{
                 f"walls-{role}": Arm(
                     "control", f"TopoMortar: the {role} teacher itself", functools.partial(walls.teacher, role=role)
@@ -189,10 +198,7 @@ def claim(data_root: str | None = None) -> Claim:
                 for role in ROLES
             },
         }
-        checks += [
-            check("TopoMortar: it is higher than on labels alone", "walls-mgd", "walls-supervised"),
-            check("TopoMortar: it is higher than by cross pseudo supervision", "walls-mgd", "walls-cps"),
-        ]
+        checks.append(check("TopoMortar: it is higher than on labels alone", "walls-mgd", "walls-supervised"))
         data = {**data, "also": "TopoMortar, 3 labelled and 47 unlabelled photographs, 50 for testing"}
     return Claim(
         name="mgd",
@@ -202,7 +208,12 @@ def claim(data_root: str | None = None) -> Claim:
         seeds=3,
         select="miou",
         note=note,
-        settings={**SHARED, "teacher_steps": TEACHER_STEPS, "networks": dict(ground.task.networks)},
+        settings={
+            **SHARED,
+            "teacher_steps": TEACHER_STEPS,
+            "student": ground.network,
+            "teachers": [ground.task.networks[f"teacher_{r}"] for r in ROLES],
+        },
     )
 
 
@@ -213,7 +224,8 @@ def note(result: Mapping[str, Any]) -> str:
     text = (
         f"Mean test IoU: MGD {mean['mgd']:.1%}, labels alone {mean['supervised']:.1%}, cross pseudo supervision {mean['cps']:.1%}, "
         f"distillation on labelled images {mean['labelled-kd']:.1%}. Teachers, trained on the same images: wide "
-        f"{mean['teacher-wide']:.1%}, deep {mean['teacher-deep']:.1%}."
+        f"{mean['teacher-wide']:.1%}, deep {mean['teacher-deep']:.1%}. A student of 8 channels, which learns nearly as much without "
+        f"teachers: MGD {mean['w8-mgd']:.1%}, cross pseudo supervision {mean['w8-cps']:.1%}."
     )
     if gap < TEACHES:
         text += (
@@ -222,8 +234,8 @@ def note(result: Mapping[str, Any]) -> str:
         )
     if "walls-mgd" in mean:
         text += (
-            f" On TopoMortar: MGD {mean['walls-mgd']:.1%}, labels alone {mean['walls-supervised']:.1%}, cross pseudo supervision "
-            f"{mean['walls-cps']:.1%}, teachers {mean['walls-wide']:.1%} and {mean['walls-deep']:.1%}: there teachers were not "
-            "clearly better than the student on validation data either, which is why the verdict does not rest on it."
+            f" On TopoMortar: MGD {mean['walls-mgd']:.1%}, labels alone {mean['walls-supervised']:.1%}, teachers "
+            f"{mean['walls-wide']:.1%} and {mean['walls-deep']:.1%}. On its validation data the teachers were no better than the "
+            "student alone, which is why the verdict does not rest on it."
         )
     return text + " Networks start from random weights; the paper's encoders are pretrained."
