@@ -150,17 +150,29 @@ def _measure(cls: Any, task: Any, setup: Mapping[str, Any], config: Mapping[str,
         made = cls.on_task(task, validate(cls.Setup, setup), checked, seed=seed, progress=False)
         return made, made.stages(task.train, task.val, seed=seed)
 
-    method, stages = built(config["steps"])
-    extra = sum(stage.steps for stage in stages) - config["steps"]
+    def others(stages: list[Any], steps: int) -> int:
+        return sum(stage.steps for stage in stages) - steps
+
+    budget = config["steps"]
+    method, stages = built(budget)
+    extra = others(stages, budget)
     if extra:  # further stages count too: the last one gets what they leave
-        if extra >= config["steps"]:
+        half = budget // 2 or 1
+        if others(built(half)[1], half) != extra:
             raise InputError(
-                f"{cls.name} needs {extra} updates before its last stage, as many as the whole budget of {config['steps']}: "
-                "raise --steps"
+                f"{cls.name} is {len(stages)} trainings, which do not share one budget of updates: leave it out here, and see "
+                f"limbeck verify {cls.name}"
             )
-        method, stages = built(config["steps"] - extra)
+        if extra >= budget:
+            raise InputError(
+                f"{cls.name} needs {extra} updates before its last stage, as many as the whole budget of {budget}: raise --steps"
+            )
+        method, stages = built(budget - extra)
     rows = Engine(None, EngineConfig(progress=False), seed=mix_seed(seed, 2)).run(method, stages)
-    test = next(r for r in method.evaluate(task.test, task.class_names)["rows"] if r["who"] == "student")
+    judged = method.evaluate(task.test, task.class_names).get("rows", [])
+    test = next((r for r in judged if r["who"] == "student"), None)
+    if test is None:
+        raise InputError(f"{cls.name} is not judged by one student, so it cannot be compared here")
     curve = [[r["step"], r["accuracy"]] for r in rows if r["split"] == "val" and "accuracy" in r]
     measures = {
         k: v for k, v in test.items() if isinstance(v, float) and k not in ("latency", "latency_ratio", "flops")

@@ -148,3 +148,9 @@ def test_further_stages_count_towards_the_budget(tmp_path: Path, monkeypatch: py
         compare(["meal-v2", "supervised"], setup, seeds=2, steps=10, quiet=True)
     found = compare(["supervised", "meal-v2"], setup, seeds=2, steps=15, quiet=True)
     assert found["methods"]["meal-v2"]["curve"][-1][0] == 5  # ten updates went into the student's own stage
+
+
+def test_methods_of_several_trainings_are_not_compared_by_one_budget() -> None:
+    setup = {"task": "digits", "train_size": 60, "student": "mlp-8"}
+    with pytest.raises(InputError, match="gt-self-distillation is 7 trainings"):
+        compare(["gt-self-distillation", "supervised"], setup, seeds=2, steps=200, quiet=True)
