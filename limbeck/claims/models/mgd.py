@@ -1,8 +1,7 @@
 """Do a wide and a deep teacher, at three granularities and with unlabelled images, make a light segmenter better?
 
 What is fixed, why, and what was known when it was fixed. All choices were made on validation data. Test measures had been seen
-once before the narrow student was chosen, in a run by name with the student of 8 channels (student 71.5 %, teachers 73.7 and
-73.2 %); of the narrow student's, and of any baseline's, none had.
+once, in a run by name with the student of 8 channels (student 71.5 %, teachers 73.7 and 73.2 %); of no other student and of no baseline.
 
 - Data: the verdict rests on drawn shapes, 24 labelled and 360 unlabelled pictures of 48 x 48 pixels. The first choice was
   TopoMortar, which is real: photographs of walls at 128 x 128 pixels, 3 of 50 labelled. On its validation photographs (one tuning
@@ -10,13 +9,11 @@ once before the narrow student was chosen, in a run by name with the student of 
   found by looking at a few pixels, so size buys nothing and overfits three photographs. By the rule below such teachers have
   nothing to teach, and students that listened to them had 66 to 67 %. Where TopoMortar is given, the method and the student alone
   are run there as well (``walls-…``) and reported whatever comes out.
-- Student: three levels as the teachers, 3 channels wide at first. This width was chosen after the method had been tried at three
-  sizes, and it is the only one where it was clearly ahead. Mean IoU on the shapes' validation pictures, one seed each: 8 channels,
-  MGD 69.5 % and cross pseudo supervision 70.5 % (teachers 71.0 and 71.5 %, 8 unlabelled images per batch); 4 channels and two
-  levels, 67.6 and 67.4 %; 3 channels, 64.1 and 55.7 %, labels alone 51.4 % (teachers 73.1 and 72.5 %). The reason given for it is
-  that the paper's students are far below their teachers, while the student of 8 channels was as good as its teachers without any;
-  but a verdict here is about students that narrow and about no others, and the pilot's seed is one of the tuning seeds. What the
-  method does at 8 channels is run too and reported (``w8-…``).
+- Student: three levels as the teachers, 8 channels wide at first, the size that was meant from the start. Pilots tried two smaller ones.
+  Mean IoU on the shapes' validation pictures, one seed each: 8 channels, MGD 69.5 % and cross pseudo supervision 70.5 % (teachers 71.0
+  and 71.5 %, 8 unlabelled images per batch); 4 channels and two levels, 67.6 and 67.4 %; 3 channels, 64.1 and 55.7 %, labels alone
+  51.4 % (teachers 73.1 and 72.5 %). So the method may be for students far below their teachers, as the paper's are; since that size was
+  found by looking, its arms (``narrow-…``) are reported, and the verdict does not rest on them.
 - The drawn pictures: as first drawn, with wholly random colours, nothing learnt in 300 updates, MGD and baselines alike (all
   arms between 14 and 17 %). Colours and textures were then made easier in three rounds, looking at students trained on labels only.
 - Teachers: both learn by cross pseudo supervision on exactly the labelled and unlabelled images that the students get, once; no
@@ -32,7 +29,7 @@ once before the narrow student was chosen, in a run by name with the student of 
 
 The verdict rests on the paper's three comparisons: with the student on labels alone, with the student by cross pseudo supervision
 without a teacher, and with plain distillation on the labelled images. The ablations are reported: without image and region level,
-without unlabelled images, and with the deep teacher alone, which then gives all levels. Arms on TopoMortar and with the wider
+without unlabelled images, and with the deep teacher alone, which then gives all levels. Arms on TopoMortar and with the narrow
 student have one learning rate, the higher one, which tended to be better in the pilots.
 """
 
@@ -98,7 +95,7 @@ class Ground:
     name: str
     labelled: int
     data_root: str | None = None
-    network: str = "segmenter-w3-l3-b1"
+    network: str = "segmenter-w8-l3-b1"
 
     @property
     def task(self) -> Task:
@@ -150,7 +147,7 @@ def _teacher(ground: Ground, role: str) -> nn.Module:
 def claim(data_root: str | None = None) -> Claim:
     """24 labelled and 360 unlabelled pictures of shapes; 3 and 47 photographs of TopoMortar, reported, where it is given."""
     ground = Ground("shapes", 24)
-    wider = Ground("shapes", 24, network="segmenter-w8-l3-b1")
+    narrow = Ground("shapes", 24, network="segmenter-w3-l3-b1")
 
     def mgd(**settings: Any) -> Callable[[Mapping[str, Any], int], Outcome]:
         return functools.partial(ground.mgd, **settings)
@@ -178,8 +175,8 @@ def claim(data_root: str | None = None) -> Claim:
             )
             for role in ROLES
         },
-        "w8-mgd": Arm("control", "MGD for a student of 8 channels", wider.mgd, FIXED),
-        "w8-cps": Arm("control", "a student of 8 channels by cross pseudo supervision", wider.crossed, FIXED),
+        "narrow-mgd": Arm("control", "MGD for a student of 3 channels", narrow.mgd, FIXED),
+        "narrow-cps": Arm("control", "a student of 3 channels by cross pseudo supervision", narrow.crossed, FIXED),
     }
     checks = [
         check("its mean IoU is higher than on labels alone", "mgd", "supervised", headline=True),
@@ -191,7 +188,7 @@ def claim(data_root: str | None = None) -> Claim:
         check("image and region level help", "mgd", "pixels-only"),
         check("unlabelled images help", "mgd", "labelled-only"),
         check("two teachers beat the deep one alone", "mgd", "deep-alone"),
-        check("a student of 8 channels: it beats cross pseudo supervision", "w8-mgd", "w8-cps"),
+        check("a student of 3 channels: it beats cross pseudo supervision", "narrow-mgd", "narrow-cps"),
     ]
     data = ground.task.describe()
     if common.available("topomortar", data_root):
@@ -232,8 +229,8 @@ def note(result: Mapping[str, Any]) -> str:
     text = (
         f"Mean test IoU: MGD {mean['mgd']:.1%}, labels alone {mean['supervised']:.1%}, cross pseudo supervision {mean['cps']:.1%}, "
         f"distillation on labelled images {mean['labelled-kd']:.1%}. Teachers, trained on the same images: wide "
-        f"{mean['teacher-wide']:.1%}, deep {mean['teacher-deep']:.1%}. A student of 8 channels, which learns nearly as much without "
-        f"teachers: MGD {mean['w8-mgd']:.1%}, cross pseudo supervision {mean['w8-cps']:.1%}."
+        f"{mean['teacher-wide']:.1%}, deep {mean['teacher-deep']:.1%}. A narrow student of 3 channels: MGD "
+        f"{mean['narrow-mgd']:.1%}, cross pseudo supervision {mean['narrow-cps']:.1%}."
     )
     if gap < TEACHES:
         text += (
@@ -246,9 +243,4 @@ def note(result: Mapping[str, Any]) -> str:
             f"{mean['walls-wide']:.1%} and {mean['walls-deep']:.1%}. On its validation data the teachers were no better than the "
             "student alone, which is why the verdict does not rest on it."
         )
-    text += (
-        " The narrow student was chosen among three sizes after pilots on validation data, as the one where the method was clearly "
-        "ahead: at the two others it was level with or behind cross pseudo supervision. On TopoMortar, tried first, it was behind "
-        "labels alone."
-    )
     return text + " Networks start from random weights; the paper's encoders are pretrained."
