@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from limbeck.core.errors import InputError
 
-INIT_STD = 0.02
+INIT_STD, INIT_WIDTH = 0.02, 2048
+"""The published deviation of the weights, at the published width of the head."""
 
 
 class DINOHead(nn.Module):
@@ -21,8 +22,10 @@ class DINOHead(nn.Module):
         u = \mathrm{MLP}(x) \in R^b, \qquad z_j = \frac{u^\top v_j}{\|u\| \, \|v_j\|}, \quad j = 1 \dots m
 
     The MLP is Linear(in, hidden) - activation - ... - Linear(hidden, bottleneck); the last layer has neither bias nor gain, so the
-    logits are cosines in [-1, 1]. Linear weights, V too, start from a normal distribution of standard deviation 0.02 cut off at
-    two deviations; biases start at 0.
+    logits are cosines in [-1, 1]. Prototypes start in uniformly random directions. Weights of the MLP start from a normal
+    distribution cut off at two deviations, biases at 0. The published deviation, 0.02, belongs to layers of 2048 inputs. In a narrow
+    head it makes u so short that the first steps of the last bias decide its direction, and a trained head collapses to a constant;
+    by default it is therefore kept at the same strength, 0.02 sqrt(2048 / inputs of the layer).
 
     Args:
         in_features: width of the features.
@@ -32,11 +35,12 @@ class DINOHead(nn.Module):
         layers: linear layers of the MLP, at least 1.
         activation: ``gelu`` or ``relu``.
         normalise: False gives the simpler head :math:`z = V u`, without unit lengths.
+        init_std: deviation of the MLP's weights; None: see above.
 
     Source: "Emerging Properties in Self-Supervised Vision Transformers" (2021), without its trainable gain and batch norm.
 
     Raises:
-        InputError: a size below 1.
+        InputError: a size below 1, or a deviation that is not positive.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class DINOHead(nn.Module):
         layers: int = 3,
         activation: Literal["gelu", "relu"] = "gelu",
         normalise: bool = True,
+        init_std: float | None = None,
     ) -> None:
         super().__init__()
         sizes = {
@@ -66,12 +71,14 @@ class DINOHead(nn.Module):
         for before, after in pairwise(widths):
             built += [nn.Linear(before, after), nn.GELU() if activation == "gelu" else nn.ReLU()]
         self.mlp = nn.Sequential(*built[:-1])
-        self.prototypes = nn.Parameter(torch.empty(out_features, bottleneck))
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(out_features, bottleneck), dim=-1))
         self.in_features, self.normalise = in_features, normalise
-        _truncated_normal(self.prototypes)
+        if init_std is not None and not init_std > 0:
+            raise InputError(f"init_std of a DINO head must be positive (got {init_std})")
         for module in self.mlp.modules():
             if isinstance(module, nn.Linear):
-                _truncated_normal(module.weight)
+                std = INIT_STD * (INIT_WIDTH / module.in_features) ** 0.5 if init_std is None else init_std
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 nn.init.zeros_(module.bias)
 
     def bottleneck(self, x: Tensor) -> Tensor:
@@ -83,7 +90,3 @@ class DINOHead(nn.Module):
         """(B, in_features) -> (B, m)."""
         prototypes = F.normalize(self.prototypes, dim=-1) if self.normalise else self.prototypes
         return F.linear(self.bottleneck(x), prototypes)
-
-
-def _truncated_normal(weight: Tensor) -> None:
-    nn.init.trunc_normal_(weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)

@@ -23,7 +23,8 @@ class VGG(Network):
     """Stages of [3x3 convolution, ReLU], no normalisation; global average pooling and one linear layer follow.
 
     Without batch statistics a network computes the same in training and in evaluation mode. Convolutions have biases, which start
-    at 0; weights start Kaiming normal.
+    at 0; weights start Kaiming normal by their inputs, so that the
+    scale of the maps is kept from layer to layer.
 
     Args:
         in_shape: ``(C, H, W)``.
@@ -72,7 +73,7 @@ class VGG(Network):
         for module in self.stages.modules():
             if isinstance(module, nn.Conv2d):
                 assert module.bias is not None
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
 
     def embed(self, x: Tensor) -> Tensor:

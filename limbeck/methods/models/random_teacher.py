@@ -30,7 +30,7 @@ from limbeck.tasks.judging import costs
 
 WATCHED = 2000
 """Samples at most, of training and of validation data, that a probe sees while training."""
-SHOWN = 200
+SHOWN = 100
 """Test samples at most that the picture of the loss landscape is measured on."""
 NEEDS_FULL_PRECISION = 1e-4
 """Below this alpha, bfloat16 and float16 cannot hold the difference between student and teacher."""
@@ -57,8 +57,9 @@ class RandomTeacher(ModelDistiller):
     student's features beat those of the teacher's **and** of the raw input, which are always reported side by side. Labels serve the
     probes only.
 
-    Near :math:`\alpha = 0` gradients are tiny and adaptive steps are what scales them up: Adam with an ``adam_eps`` well below them (1e-10
-    here; with 1e-8 nothing happens at small scale). In single precision an alpha below 1e-7 rounds almost away, and rounding errors
+    Near :math:`\alpha = 0` gradients are tiny, and adaptive steps are what scales them up: Adam with a small ``adam_eps``. Its first
+    steps throw the student out of the teacher's neighbourhood, and it is the way back that changes the features; with a learning rate
+    so low that the student stays, nothing is gained. In single precision an alpha below 1e-7 rounds almost away, and rounding errors
     of the softmax set the student in motion as well; mixed precision is turned off below 1e-4. Encoders with batch normalisation work
     (the student uses batch statistics, the teacher the initial ones), but then the two differ at :math:`\alpha = 0` already; one
     without it rules that explanation out.
@@ -80,8 +81,9 @@ class RandomTeacher(ModelDistiller):
 
     Source: "Random Teachers are Good Teachers" (2023). Our decisions, where the paper leaves it open: the heads are interpolated like
     the encoders; the linear probe is converged logistic regression with C = 0.1 (the paper's ten epochs of AdamW are an option); the
-    nearest-neighbour probe takes Euclidean distances of standardised features; sizes of the head, batch and ``adam_eps`` are those of the
-    small-scale check, and the ``paper`` preset leaves ``adam_eps`` at ours, since the paper names none.
+    nearest-neighbour probe takes Euclidean distances of standardised features; a narrow head starts from
+    stronger weights than the published 0.02 (``head_std``); sizes of the head and the batch are for small data, and the ``paper``
+    preset leaves ``adam_eps`` at ours, since the paper names none.
     """
 
     name = "random-teacher"
@@ -121,8 +123,11 @@ class RandomTeacher(ModelDistiller):
         )
         probe_c: float = Field(0.1, gt=0, description="inverse strength of the logistic regression's L2 penalty")
         probe_k: int = Field(20, ge=1, description="neighbours of the nearest-neighbour probe")
+        head_std: float | None = Field(
+            None, gt=0, description="deviation of the head's initial weights; none: 0.02 at 2048 inputs, more for fewer"
+        )
         landscape: int = Field(
-            9, ge=0, le=101, description="points on each side of the loss landscape in the result; 0 or 1: no picture"
+            13, ge=0, le=101, description="points on each side of the loss landscape in the result; 0 or 1: no picture"
         )
 
         presets = {
@@ -132,6 +137,7 @@ class RandomTeacher(ModelDistiller):
                 "head_outputs": 65536,
                 "head_hidden": 2048,
                 "head_bottleneck": 256,
+                "head_std": 0.02,
                 "probe_solver": "adamw",
             }
         }
@@ -190,6 +196,7 @@ class RandomTeacher(ModelDistiller):
             layers=c.head_layers,
             activation=c.head_activation,
             normalise=c.head_normalise,
+            init_std=c.head_std,
         )
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
