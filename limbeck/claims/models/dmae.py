@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck.claims.base import Arm, Check, Claim, Outcome
 from limbeck.claims.models import common, masked
@@ -49,16 +49,19 @@ def _method(ground: Ground, variant: str, seed: int) -> DMAE:
         return DMAE(student, teacher, **{**ground.common, **VARIANTS[variant]})
 
 
-@functools.lru_cache(maxsize=24)
 def _distilled(ground: Ground, variant: str, seed: int) -> Mapping[str, Tensor]:
     """A student's weights before fine-tuning."""
+
+    def make() -> nn.Module:
+        if variant == "alone":
+            return masked.pretrained_alone(ground, seed)
+        method = _method(ground, variant, seed)
+        masked.distil(method, ground, seed)
+        return method.student
+
     if variant == "scratch":
         return make_network(ground.student_name(), ground.task, seed).state_dict()
-    if variant == "alone":
-        return masked.pretrained_alone(ground, seed).state_dict()
-    method = _method(ground, variant, seed)
-    masked.distil(method, ground, seed)
-    return method.student.state_dict()
+    return masked.kept(ground, variant, seed, make)
 
 
 def claim(data_root: str | None = None) -> Claim:
@@ -98,7 +101,7 @@ def claim(data_root: str | None = None) -> Claim:
             Check("its likelihood is better than without pre-training", "dmae", "scratch", "nll", 0.0, False, False),
         ],
         data=ground.task.describe(),
-        seeds=5,
+        seeds=3,
         note=lambda result: note(result, ground),
         settings={"teacher": ground.teacher_name, "student": ground.student_name(), **vars(ground), **ground.common},
     )

@@ -50,15 +50,17 @@ def _method(ground: Ground, student: nn.Module, seed: int, **settings: Any) -> G
         )
 
 
-@functools.lru_cache(maxsize=24)
 def _pretrained(ground: Ground, kind: str | None, seed: int) -> Mapping[str, Tensor]:
     """A student's weights before the last stage."""
     student = make_network(ground.student_name(token=True), ground.task, seed)
-    if kind == "alone":
-        return masked.pretrained_alone(ground, seed, token=True).state_dict()
-    if kind == "generic":
+
+    def make() -> nn.Module:
+        if kind == "alone":
+            return masked.pretrained_alone(ground, seed, token=True)
         masked.distil(_method(ground, student, seed), ground, seed)
-    return student.state_dict()
+        return student
+
+    return student.state_dict() if kind is None else masked.kept(ground, f"token-{kind}", seed, make)
 
 
 def claim(data_root: str | None = None) -> Claim:
@@ -99,7 +101,7 @@ def claim(data_root: str | None = None) -> Claim:
             Check("the specific stage adds to the generic one", "g2sd", "generic", "accuracy", headline=False),
         ],
         data=ground.task.describe(),
-        seeds=5,
+        seeds=3,
         note=lambda result: note(result, ground),
         settings={
             "teacher": ground.teacher_name,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from filelock import FileLock
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from limbeck import networks
 from limbeck.claims.base import Outcome
@@ -17,6 +20,8 @@ from limbeck.core.artifacts import load_weights, save_weights
 from limbeck.core.data import mix_seed
 from limbeck.core.engine import Engine
 from limbeck.core.seeding import preserved_random_state, seed_everything
+from limbeck.methods.models import dmae, g2sd
+from limbeck.methods.models import masked as base
 from limbeck.methods.models.base import make_network
 from limbeck.methods.models.dmae import DMAE
 from limbeck.methods.models.masked import MaskedDistiller
@@ -60,8 +65,7 @@ class Ground:
         return {
             "epochs": self.student_epochs,
             "finetune_steps": self.finetune_steps,
-            "layer_decay": 1.0,
-            "label_smoothing": 0.0,
+            "finetune_batch_size": 32,
             "evaluations": 0,
         }
 
@@ -69,8 +73,8 @@ class Ground:
 def ground_for(data_root: str | None) -> Ground:
     """4,000 images of MNIST where it is given, 100 of them with labels; else the digits."""
     if common.available("mnist", data_root):
-        return Ground(data_root, True, teacher_epochs=60, student_epochs=20, finetune_steps=500, labelled=100)
-    return Ground(None, False, teacher_epochs=150, student_epochs=60, finetune_steps=500, labelled=100)
+        return Ground(data_root, True, teacher_epochs=60, student_epochs=16, finetune_steps=400, labelled=100)
+    return Ground(None, False, teacher_epochs=150, student_epochs=60, finetune_steps=400, labelled=100)
 
 
 @functools.lru_cache(maxsize=2)
@@ -93,6 +97,26 @@ def teacher(ground: Ground) -> tuple[nn.Module, nn.Module]:
         for name, part in parts.items():
             load_weights(part, folder / f"{name}.safetensors")
     return model.eval(), method.teacher_decoder.eval()
+
+
+def kept(ground: Ground, what: str, seed: int, make: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Weights of a student before its last stage, from the cache folder where they are there: every candidate starts from them.
+
+    Args:
+        ground, what, seed: what they are; the key, with the source of everything that makes them.
+        make: trains the student.
+    """
+    sources = [inspect.getsource(module) for module in (base, dmae, g2sd, sys.modules[__name__])]
+    path = (
+        cache_folder()
+        / "claims"
+        / f"masked-{what}-{seed}-{hash_of(ground.task.fingerprint, ground, what, seed, *sources)}.safetensors"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            save_weights(make(), path)
+    return load_file(path)
 
 
 def _pretraining(model: nn.Module, other: nn.Module, epochs: float) -> DMAE:

@@ -83,6 +83,8 @@ class DMAE(MaskedDistiller):
                 "finetune_lr": 2e-3,
                 "finetune_batch_size": 1024,
                 "finetune_steps": 125_000,
+                "layer_decay": 0.75,
+                "label_smoothing": 0.1,
                 "mixup": 0.8,
                 "cutmix": 1.0,
                 "teacher_epochs": 0,

@@ -78,13 +78,16 @@ class MaskedDistiller(ModelDistiller):
             ge=0,
             description=f"updates of fine-tuning on labels; none: {FINETUNE_STEPS} by name, 0 for your own modules",
         )
-        finetune_lr: float = Field(3e-3, gt=0, description="peak learning rate of fine-tuning, at the head")
+        finetune_lr: float = Field(5e-3, gt=0, description="peak learning rate of fine-tuning, at the head")
         finetune_weight_decay: float = Field(0.05, ge=0, description="weight decay of fine-tuning")
         finetune_batch_size: int = Field(64, ge=1, description="samples per update of fine-tuning")
         layer_decay: float = Field(
-            0.75, gt=0, le=1, description="each block learns so much slower than the one after it, in fine-tuning"
+            1.0,
+            gt=0,
+            le=1,
+            description="rate of each block over that of the one after it, in fine-tuning; published 0.75, for deep networks",
         )
-        label_smoothing: float = Field(0.1, ge=0, lt=1, description="of the labels, in fine-tuning")
+        label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the labels, in fine-tuning")
         mixup: float = Field(0.0, ge=0, description="alpha of mixup in fine-tuning; 0: off")
         cutmix: float = Field(0.0, ge=0, description="alpha of CutMix in fine-tuning; 0: off")
 
@@ -95,6 +98,7 @@ class MaskedDistiller(ModelDistiller):
             200, ge=1, description="so many training samples keep their labels; none: all. The rest is unlabelled"
         )
         teacher: str | None = Field(None, description="teacher network; none: one that fits the task")
+        augment: bool = Field(False, description="random shifts; off, since they are large against the small patches")
 
     generic_name = "distillation"
     """What the stage without labels is called."""
