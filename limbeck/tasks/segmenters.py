@@ -22,7 +22,7 @@ from limbeck.core.semi import SemiSupervisedData, SemiSupervisedStream
 from limbeck.core.stage import Stage
 from limbeck.losses.segmentation import pixel_cross_entropy
 from limbeck.tasks.base import Task, cache_folder, hash_of
-from limbeck.tasks.teachers import _alone, as_labels
+from limbeck.tasks.teachers import alone, as_labels
 
 RECIPE = 1  # part of the cache key: raise it when the way teachers are trained changes
 STEPS = 400
@@ -123,7 +123,7 @@ def reference_segmenter(
             networks.build(network, in_shape=task.in_shape, num_classes=task.num_classes) for _ in range(2)
         )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone(folder):
             if not (folder / WEIGHTS).exists():
                 training = SegmenterTraining(first, second)
                 engine = Engine(folder, EngineConfig(progress=progress), seed=mix_seed(seed, 103))

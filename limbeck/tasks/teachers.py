@@ -87,7 +87,7 @@ def reference_teacher(
         seed_everything(mix_seed(seed, 101))
         model = networks.build(name, in_shape=task.in_shape, num_classes=task.num_classes)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone(folder):
             if not (folder / WEIGHTS).exists():
                 training = ReferenceTraining(model, epochs=epochs, warmup=0.1, lr=5e-3, weight_decay=0.01)
                 engine = Engine(folder, EngineConfig(progress=progress), seed=mix_seed(seed, 103))
@@ -101,7 +101,7 @@ def reference_teacher(
     return model.eval()
 
 
-def _alone(folder: Path) -> AbstractContextManager[Any]:
+def alone(folder: Path) -> AbstractContextManager[Any]:
     """Unrelated processes that want the same teacher wait for the one that trains it; those of one launch train it together."""
     if torch.distributed.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return nullcontext()

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from limbeck.blocks.fresh import redraw
 from limbeck.core.batch import Batch
 from limbeck.core.data import Data, Stream, mix_seed
 from limbeck.core.errors import InputError
@@ -150,15 +151,8 @@ def fresh_copy(module: nn.Module) -> nn.Module:
     """A copy with new random weights, from torch's random state.
 
     Raises:
-        InputError: the module's parameters know no way to be drawn again (``reset_parameters``).
+        InputError: see :func:`limbeck.blocks.fresh.check_redrawable`.
     """
     made = copy.deepcopy(module)
-    for part in made.modules():
-        reset = getattr(part, "reset_parameters", None)
-        if callable(reset):
-            reset()
-    if all(torch.equal(a, b) for a, b in zip(module.parameters(), made.parameters(), strict=True)):
-        raise InputError(
-            f"{type(module).__name__} has no layers whose weights can be drawn again: give the second network yourself"
-        )
+    redraw(made)
     return made
