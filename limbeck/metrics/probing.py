@@ -90,7 +90,8 @@ class LinearProbe(_Probe):
 
     Args:
         solver: ``logistic``, multinomial logistic regression by scikit-learn, which is deterministic and converges; or ``adamw``,
-            a linear layer trained by AdamW (learning rate 1e-3) in batches of 256, as "Random Teachers are Good Teachers" (2023) does.
+            a linear layer trained by AdamW (learning rate 1e-3) in batches of 256, as "Random Teachers are Good Teachers" (2023) does
+            on tens of thousands of samples (with few it ends before it has converged).
         c: inverse strength of the L2 penalty, of ``logistic`` only.
         epochs: passes over the features, of ``adamw`` only.
         seed: seeds initialisation and order, of ``adamw`` only.

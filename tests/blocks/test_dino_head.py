@@ -48,7 +48,7 @@ def test_initial_weights():
     first, last = head.mlp[0].weight, head.mlp[4].weight
     # cut off at two deviations, a normal distribution keeps 0.88 of its deviation
     assert first.std().item() == pytest.approx(0.02 * 0.88, rel=0.02) and last.abs().max() <= 0.04
-    assert all(float(m.bias.abs().max()) == 0 for m in head.mlp if isinstance(m, nn.Linear))
+    assert all(float(m.bias.detach().abs().max()) == 0 for m in head.mlp if isinstance(m, nn.Linear))
     narrow = DINOHead(128, 16, hidden=128, bottleneck=32)
     assert narrow.mlp[2].weight.std().item() == pytest.approx(0.08 * 0.88, rel=0.05)
     fixed = DINOHead(128, 16, hidden=128, bottleneck=32, init_std=0.02)

@@ -11,7 +11,15 @@ from limbeck.blocks.interpolation import Plane, linear_path, state_of
 from limbeck.core.batch import Batch
 from limbeck.core.data import TensorData
 from limbeck.core.errors import InputError
-from limbeck.metrics.landscape import barrier, cross_entropy, error_rate, mean_at, mode_connectivity, outputs_at, surface
+from limbeck.metrics.landscape import (
+    barrier,
+    cross_entropy,
+    error_rate,
+    mean_at,
+    mode_connectivity,
+    outputs_at,
+    surface,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +29,9 @@ def _quiet() -> None:
 
 
 def net() -> nn.Sequential:
-    made = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3))
+    made = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)
+    )
     made[1].running_var.uniform_(0.5, 2)
     return made
 
@@ -113,7 +123,10 @@ def test_bad_input():
     states = linear_path(a, b, [0.0, 1.0])
     for call, line in (
         (lambda: outputs_at(a, {}, d.inputs), "no points"),
-        (lambda: outputs_at(a, {k: v for k, v in states.items() if k != "0.bias"}, d.inputs), "'0.bias' should be there"),
+        (
+            lambda: outputs_at(a, {k: v for k, v in states.items() if k != "0.bias"}, d.inputs),
+            "'0.bias' should be there",
+        ),
         (lambda: outputs_at(nn.Linear(2, 2), states, d.inputs), "'weight' should be there"),
         (lambda: mode_connectivity(a, a, b, d, points=1), "at least two points"),
         (lambda: mode_connectivity(a, a, b, TensorData(d.inputs)), "needs labels"),
