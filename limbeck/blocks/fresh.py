@@ -10,20 +10,27 @@ from torch import nn
 from limbeck.core.errors import InputError
 
 
-def redraw(module: nn.Module) -> None:
+REMEDY = "give a function that builds the network instead of the network"
+
+
+def redraw(module: nn.Module, remedy: str = REMEDY) -> None:
     """Draw all weights of a module anew, in place, from torch's random state.
 
     Every part is asked to do it itself (``reset_parameters``, which also resets running statistics), children before their
     parents, so that a parent's own scheme wins. Parts whose parameters are all frozen keep them.
 
+    Args:
+        module: changed in place.
+        remedy: what a user can do instead, for the error message.
+
     Raises:
         InputError: see :func:`check_redrawable`.
     """
-    check_redrawable(module)
+    check_redrawable(module, remedy)
     module.apply(_redraw_part)
 
 
-def check_redrawable(module: nn.Module) -> None:
+def check_redrawable(module: nn.Module, remedy: str = REMEDY) -> None:
     """That every trainable parameter belongs to a part that knows how to draw it, or to a child of one.
 
     Raises:
@@ -36,7 +43,7 @@ def check_redrawable(module: nn.Module) -> None:
         if parameter.requires_grad and not any(a in able for a in above):
             raise InputError(
                 f"the parameter '{name}' of {type(module).__name__} cannot be drawn anew, since no module that holds it has "
-                "reset_parameters(): give a function that builds the network instead of the network"
+                f"reset_parameters(): {remedy}"
             )
 
 

@@ -134,6 +134,7 @@ class ModelDistiller(Method):
         *,
         seed: int,
         recipe: TrainingConfig | None = None,
+        stream: Stream | None = None,
         **changes: Any,
     ) -> Stage:
         """The family's usual stage: gradient steps on ``self.losses``, the student evaluated now and then.
@@ -143,10 +144,12 @@ class ModelDistiller(Method):
             train, val: data.
             seed: seeds the order of the batches.
             recipe: budget and batch size, where they are others than the config's.
+            stream: batches; None: of all training data, shuffled by ``seed``.
             changes: fields of :class:`~limbeck.core.stage.Stage` that differ.
         """
         recipe = self.config if recipe is None else recipe
-        stream = Stream(train, recipe.batch_size, seed=mix_seed(seed, 5), views=self.config.views)
+        if stream is None:
+            stream = Stream(train, recipe.batch_size, seed=mix_seed(seed, 5), views=self.config.views)
         steps = recipe.total_steps(stream.steps_per_epoch)
         count = self.config.evaluations
         settings: dict[str, Any] = {

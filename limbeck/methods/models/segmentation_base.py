@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +63,7 @@ class SegmentationDistiller(ModelDistiller):
         *,
         seed: int,
         recipe: TrainingConfig | None = None,
+        stream: Stream | None = None,
         **changes: Any,
     ) -> Stage:
         """The family's usual stage on batches that bring unlabelled ones along.
@@ -73,23 +73,11 @@ class SegmentationDistiller(ModelDistiller):
         """
         config: Any = self.config if recipe is None else recipe
         copies = self.unlabelled_batches()
-        order: dict[str, Any] = {"seed": mix_seed(seed, 5), "views": self.config.views}
-        stream: Stream = (
-            SemiSupervisedStream(train, config.batch_size, config.unlabelled_batch_size, copies, **order)
-            if copies
-            else Stream(train.labelled if isinstance(train, SemiSupervisedData) else train, config.batch_size, **order)
-        )
-        steps = config.total_steps(stream.steps_per_epoch)
-        count = self.config.evaluations
-        made = super().stage(name, train, val, seed=seed, recipe=recipe)
-        made = replace(
-            made,
-            stream=stream,
-            steps=steps,
-            optimisers=lambda: self.optimisers(steps),
-            evaluate_every=max(1, steps // count) if count else 0,
-        )
-        return replace(made, **changes) if changes else made
+        if stream is None and copies:
+            order: dict[str, Any] = {"seed": mix_seed(seed, 5), "views": self.config.views}
+            stream = SemiSupervisedStream(train, config.batch_size, config.unlabelled_batch_size, copies, **order)
+        labelled = train.labelled if isinstance(train, SemiSupervisedData) else train
+        return super().stage(name, labelled, val, seed=seed, recipe=recipe, stream=stream, **changes)
 
     def check(self, batch: Batch) -> None:
         if batch.unlabelled is None and self.unlabelled_batches():  # the labelled images stand in for the dry run
@@ -154,5 +142,5 @@ def fresh_copy(module: nn.Module) -> nn.Module:
         InputError: see :func:`limbeck.blocks.fresh.check_redrawable`.
     """
     made = copy.deepcopy(module)
-    redraw(made)
+    redraw(made, "give the second network yourself")
     return made

@@ -73,7 +73,7 @@ def test_both_networks_learn_and_start_apart() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(1))
 
-    with pytest.raises(InputError, match="no layers whose weights can be drawn again"):
+    with pytest.raises(InputError, match="cannot be drawn anew.*give the second network yourself"):
         CPS(Bare())
 
 
