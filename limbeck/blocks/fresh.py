@@ -9,7 +9,6 @@ from torch import nn
 
 from limbeck.core.errors import InputError
 
-
 REMEDY = "give a function that builds the network instead of the network"
 
 

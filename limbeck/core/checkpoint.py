@@ -10,6 +10,8 @@ import torch
 from limbeck.core.errors import RunError
 from limbeck.core.files import atomic_path
 
+CHECKPOINT = "checkpoint.pt"
+"""What the file is called in a run's folder."""
 FORMAT = 1
 
 
