@@ -23,10 +23,10 @@ from limbeck.core.stage import Stage
 from limbeck.losses.logits import chunked_forward_kl, forward_kl
 from limbeck.methods.models.base import ModelDistiller, make_network
 from limbeck.metrics.landscape import mean_at, surface
-from limbeck.metrics.probing import KNNProbe, LinearProbe, extract_features, probe
 from limbeck.report.landscapes import landscape_picture
 from limbeck.tasks.base import Task
 from limbeck.tasks.judging import costs
+from limbeck.tasks.judging_probes import at_most, halves, has_labels, probe_encoder, probes_along
 
 WATCHED = 2000
 """Samples at most, of training and of validation data, that a probe sees while training."""
@@ -89,7 +89,7 @@ class RandomTeacher(ModelDistiller):
     name = "random-teacher"
 
     class Config(ModelDistiller.Config):
-        epochs: float = Field(40, gt=0, description="passes over the training data")
+        epochs: float = Field(30, gt=0, description="passes over the training data")
         batch_size: int = Field(128, ge=1, description="samples per update, over all processes together")
         optimizer: Literal["adamw", "adam", "sgd"] = Field(
             "adam", description="update rule; sgd hardly moves a student that starts next to its teacher"
@@ -149,10 +149,10 @@ class RandomTeacher(ModelDistiller):
             False, description="random shifts (and flips where they make sense); the method wants none"
         )
         student: str | None = Field(
-            None, description="encoder, or package.module:factory; none: vgg-w32-s3, without normalisation"
+            None, description="encoder, or package.module:factory; none: vgg-w32-s4, without normalisation"
         )
 
-    default_encoder = "vgg-w32-s3"
+    default_encoder = "vgg-w32-s4"
     teacher: Projected
 
     def __init__(
@@ -260,7 +260,7 @@ class RandomTeacher(ModelDistiller):
     def prepare_run(self, train: Data, val: Data | None, setup: Any = None) -> None:
         """Remember the labelled data that probes will be fitted on: the training data, else the validation data."""
         for data, what in ((train, "training data"), (val, "validation data")):
-            if data is not None and data.fetch(torch.arange(1), None).labels is not None:
+            if data is not None and has_labels(data):
                 self.probed = data, what
                 return
         self.probed = None
@@ -283,20 +283,19 @@ class RandomTeacher(ModelDistiller):
             )
 
     def quick_metrics(self, data: Data) -> dict[str, float]:
-        """Nearest-neighbour probe of the student on validation data where there are labels, and the loss there."""
+        """Probes of the student on validation data where there are labels, and the loss there; at most 2,000 samples of each part."""
         found = self._validation_loss(data)
-        if self.probed is not None and self.probed[0] is not data:
-            fitted, tested = (self._features(_first(part, WATCHED)) for part in (self.probed[0], data))
-            if fitted[1] is not None and tested[1] is not None:
-                k = min(self.config.probe_k, len(fitted[0]))
-                found["knn_probe"] = KNNProbe(k).fit(fitted[0], fitted[1]).score(tested[0], tested[1])
+        if self.probed is not None and self.probed[0] is not data and has_labels(data):
+            fitted, tested = (at_most(part, WATCHED) for part in (self.probed[0], data))
+            scores = probe_encoder(self.encoder, fitted, tested, **self._probing)
+            found.update(linear_probe=scores["linear_probe"], knn_probe=scores["knn_probe"])
         return found
 
     @torch.no_grad()
     def _validation_loss(self, data: Data) -> dict[str, float]:
         was_training, counted = self.training, self.counters.copy()
         self.eval()
-        part = _first(data, WATCHED)
+        part = at_most(data, WATCHED)
         device = next(self.student.parameters()).device
         sums: dict[str, float] = {}
         for batch in part.batches():
@@ -321,13 +320,11 @@ class RandomTeacher(ModelDistiller):
             InputError: data without labels.
         """
         models = {**self.contestants(), "input": RawInput()}
-        found = {}
-        for role, model in models.items():
-            fitted, tested = (_labelled(extract_features(model, part)) for part in (train, test))
-            k = min(self.config.probe_k, len(fitted[0]))
-            linear = LinearProbe(self.config.probe_solver, c=self.config.probe_c)
-            found[role] = {**probe(fitted, tested, linear=linear, k=k), "features": float(fitted[0].shape[1])}
-        return found
+        return {role: probe_encoder(model, train, test, **self._probing) for role, model in models.items()}
+
+    @property
+    def _probing(self) -> dict[str, Any]:
+        return {"solver": self.config.probe_solver, "c": self.config.probe_c, "k": self.config.probe_k}
 
     def evaluate(self, test: Data, class_names: Sequence[str] | None = None) -> dict[str, Any]:
         """The probing report: student, teacher and raw input side by side, what the two networks cost, and the landscape.
@@ -337,7 +334,7 @@ class RandomTeacher(ModelDistiller):
         """
         fitted, what = (self.probed[0], self.probed[1]) if self.probed is not None else (None, "half of the test data")
         if fitted is None:
-            fitted, test = _halves(test)
+            fitted, test = halves(test)
         price = costs(self.contestants(), test)
         rows = [{"who": role, **found, **price.get(role, {})} for role, found in self.probe(fitted, test).items()]
         result: dict[str, Any] = {"rows": rows, "probes_fitted_on": f"{what}, {len(fitted):,} samples"}
@@ -360,7 +357,7 @@ class RandomTeacher(ModelDistiller):
         with preserved_random_state():
             seed_everything(17)
             shuffle_parameters(other)
-        part = _first(test, SHOWN)
+        part = at_most(test, SHOWN)
 
         def distance(output: Tensor, batch: Batch) -> Tensor:
             wanted = call_model(teacher, batch.inputs)
@@ -372,7 +369,8 @@ class RandomTeacher(ModelDistiller):
         plane = Plane.through(teacher, student, other)
         loss = surface(plane, value, points=self.config.landscape)
         positions = torch.linspace(-0.5, 1.5, 9, dtype=torch.float64)
-        accuracy = self._along(student, linear_path(teacher, student, positions), train, test)
+        states, few = linear_path(teacher, student, positions), [at_most(data, WATCHED // 2) for data in (train, test)]
+        accuracy = probes_along(student.encoder, student, states, few[0], few[1], **self._probing)
         names = ("teacher", "student", "another initialisation")
         png = landscape_picture(
             loss.x.numpy(),
@@ -391,22 +389,6 @@ class RandomTeacher(ModelDistiller):
             "png": png,
         }
 
-    def _along(self, model: Projected, states: dict[str, Tensor], train: Data, test: Data) -> dict[str, list[float]]:
-        """Accuracies of probes of the encoder at every point of a path, on the first samples of both data sets."""
-        found: dict[str, list[float]] = {"linear_probe": [], "knn_probe": []}
-        for p in range(len(next(iter(states.values())))):
-            model.load_state_dict({name: tensor[p] for name, tensor in states.items()})
-            fitted, tested = (
-                _labelled(extract_features(model.encoder, _first(d, WATCHED // 2))) for d in (train, test)
-            )
-            linear = LinearProbe(self.config.probe_solver, c=self.config.probe_c)
-            for name, score in probe(fitted, tested, linear=linear, k=min(self.config.probe_k, len(fitted[0]))).items():
-                found[name].append(score)
-        return found
-
-    def _features(self, data: Data) -> tuple[Tensor, Tensor | None]:
-        return extract_features(self.encoder, data)
-
 
 class Projected(nn.Module):
     """An encoder and its head, inputs in and logits (B, m) out."""
@@ -419,37 +401,3 @@ class Projected(nn.Module):
         """(B, m)."""
         logits: Tensor = self.head(self.encoder(*args, **kwargs))
         return logits
-
-
-class _Part(Data):
-    """Some samples of a data set, without augmentation."""
-
-    def __init__(self, data: Data, index: Tensor) -> None:
-        self.data, self.ids = data, index
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def fetch(self, index: Tensor, view: int | None) -> Batch:
-        return self.data.fetch(self.ids[index], None)
-
-
-def _first(data: Data, most: int) -> Data:
-    """At most so many samples, evenly spread over the data set."""
-    if len(data) <= most:
-        return data
-    return _Part(data, torch.linspace(0, len(data) - 1, most).round().long())
-
-
-def _halves(data: Data) -> tuple[Data, Data]:
-    if len(data) < 4:
-        raise InputError("probes need labelled samples to be fitted on: give labelled training or validation data")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return _Part(data, order[: len(data) // 2]), _Part(data, order[len(data) // 2 :])
-
-
-def _labelled(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
-    features, labels = found
-    if labels is None:
-        raise InputError("probes need labels, and the data has none: give (inputs, labels)")
-    return features, labels

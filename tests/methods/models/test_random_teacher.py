@@ -240,7 +240,7 @@ def test_fit_on_own_encoder_reports_all_probes(tmp_path):
     fitted, tested = (extract_features(student, part) for part in (data(), data(45)))
     assert run.measures("student")["linear_probe"] == LinearProbe(c=0.1).fit(*fitted).score(*tested)
     evaluated = [row for row in run.rows if row["split"] == "val"]
-    assert len(evaluated) == 2 and {"kl", "knn_probe"} <= set(evaluated[0])
+    assert len(evaluated) == 2 and {"kl", "linear_probe", "knn_probe"} <= set(evaluated[0])
     again = limbeck.load(tmp_path / "run", model=encoder(5)).content
     assert set(again.state_dict()) == keys
     torch.testing.assert_close(again(images()), student.eval()(images()))
