@@ -102,7 +102,7 @@ def claim(data_root: str | None = None) -> Claim:
             Check("the specific stage adds to the generic one", "g2sd", "generic", "accuracy", headline=False),
         ],
         data=ground.task.describe(),
-        seeds=5,
+        seeds=3,
         note=lambda result: note(result, ground),
         settings={
             "teacher": ground.teacher_name,
