@@ -128,13 +128,19 @@ def _pretraining(model: nn.Module, other: nn.Module, epochs: float) -> DMAE:
 @functools.lru_cache(maxsize=2)
 def tuned_teacher(ground: Ground) -> nn.Module:
     """The teacher fine-tuned on the labelled images, at the learning rate of three that is best on validation data."""
-    found = []
-    for settings in RATES:
-        model = make_network(ground.teacher_name, ground.task, 51)
-        model.load_state_dict(teacher(ground)[0].state_dict())
-        finetune(model, ground, {**settings, "finetune_steps": 2 * ground.finetune_steps}, seed=93)
-        found.append((common.measures(model, ground.task, "val")["accuracy"], model))
-    return max(found, key=lambda pair: pair[0])[1]
+
+    def make() -> nn.Module:
+        found = []
+        for settings in RATES:
+            model = make_network(ground.teacher_name, ground.task, 51)
+            model.load_state_dict(teacher(ground)[0].state_dict())
+            finetune(model, ground, {**settings, "finetune_steps": 2 * ground.finetune_steps}, seed=93)
+            found.append((common.measures(model, ground.task, "val")["accuracy"], model))
+        return max(found, key=lambda pair: pair[0])[1]
+
+    model = make_network(ground.teacher_name, ground.task, 51)
+    model.load_state_dict(kept(ground, "tuned-teacher", 93, make))
+    return model.eval()
 
 
 def finetune(model: nn.Module, ground: Ground, settings: Mapping[str, Any], seed: int) -> None:
