@@ -5,7 +5,7 @@ These are views: they hold references to a model's own modules, whatever library
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -80,6 +80,13 @@ class PatchEncoder:
     @property
     def in_shape(self) -> tuple[int, int, int]:
         return self.channels, self.grid[0] * self.patch, self.grid[1] * self.patch
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Everything that the encoder learns: embedding, blocks, final norm."""
+        yield from self.embeddings
+        for block in self.blocks:
+            yield from block.parameters()
+        yield from self.norm.parameters()
 
     def check(self, images: Tensor, who: str = "the encoder") -> None:
         """That images fit.

@@ -58,6 +58,26 @@ def count_flops(model: nn.Module, sample: Any) -> float:
     return counter.get_total_flops() / batch
 
 
+def count_function_flops(model: nn.Module, function: Callable[[Any], Any], sample: Any) -> float:
+    """As :func:`count_flops`, of a function that uses ``model``'s modules in its own way (an early exit, a masked pass).
+
+    Args:
+        model: the module whose state must be left as it is.
+        function: called with ``sample``.
+        sample: see :func:`count_flops`.
+    """
+    return count_flops(_Function(model, function), sample)
+
+
+class _Function(nn.Module):
+    def __init__(self, model: nn.Module, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, sample: Any) -> Any:
+        return self.function(sample)
+
+
 def measure_latency(
     models: Mapping[str, nn.Module], sample: Any, repeats: int = 30, warmup: int = 5
 ) -> dict[str, dict[str, float]]:

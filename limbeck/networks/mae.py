@@ -155,6 +155,23 @@ def build_decoder(encoder: PatchEncoder, *, width: int, depth: int, heads: int =
     return initialise(decoder)
 
 
+def fitting_sizes(in_shape: tuple[int, ...]) -> tuple[str, str]:
+    """Sizes of a small and a large transformer for images, such as ``d24-l4-h4-p2``: the smallest patch with at most 8 a side.
+
+    Raises:
+        InputError: no square images, or no patch of at least two pixels divides their side into at most 8.
+    """
+    if len(in_shape) != 3 or in_shape[1] != in_shape[2]:
+        raise InputError(
+            f"masked autoencoders need square images (channels, side, side), not inputs of shape {in_shape}"
+        )
+    side = in_shape[1]
+    patch = next((p for p in range(2, side // 2 + 1) if side % p == 0 and side <= 8 * p), None)
+    if patch is None:
+        raise InputError(f"images of {side}x{side} pixels cannot be cut into at most 8x8 patches: give --image-size 32")
+    return f"d24-l4-h4-p{patch}", f"d64-l6-h4-p{patch}"
+
+
 def initialise(module: nn.Module) -> nn.Module:
     """Linear layers (and the patch embedding, as one) Xavier uniform with zero biases; class and mask tokens N(0, 0.02²)."""
     for name, part in module.named_modules():

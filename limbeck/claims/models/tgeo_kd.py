@@ -244,7 +244,9 @@ def note(result: Mapping[str, Any]) -> str:
         f"{mean('wls'):.1%}, untrained controller {mean('untrained'):.1%}. Mean weight of the teacher at the end: "
         f"{mean('tgeo-kd', 'ratio_flip'):.2f} where the label was flipped, {mean('tgeo-kd', 'ratio_blind'):.2f} where the teacher "
         f"is blind, {mean('tgeo-kd', 'ratio_other'):.2f} elsewhere. The outer loss needs {OUTER} clean images: trained on with the "
-        f"best constant ratio instead, they give {mean('more-data'):.1%}."
+        f"best constant ratio instead, they give {mean('more-data'):.1%}. Ratios "
+        f"learnt from distances to the label alone, without teacher and student's own triangle, reach {mean('rw-kd'):.1%}: that the ratio is "
+        "learnt is what helps here, the geometry is not shown to."
     )
     if "adult" in result["arms"]:
         text += (

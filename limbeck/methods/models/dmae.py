@@ -17,7 +17,7 @@ from limbeck.core.data import Data
 from limbeck.core.errors import InputError
 from limbeck.core.seeding import preserved_random_state, seed_everything
 from limbeck.core.stage import Stage
-from limbeck.losses.features import full_precision, normalized_l1
+from limbeck.losses.features import full_precision, normalized_l1, normalized_l2
 from limbeck.methods.models.masked import MaskedDistiller
 
 PICTURES = 6
@@ -147,7 +147,7 @@ class DMAE(MaskedDistiller):
             return (F.l1_loss if self.config.feature_distance == "l1" else F.mse_loss)(student, teacher)
         if self.config.feature_distance == "l1":
             return normalized_l1(student, teacher)
-        return F.mse_loss(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))
+        return normalized_l2(student, teacher)
 
     # ---- judging -----------------------------------------------------------------------------------------------------
 

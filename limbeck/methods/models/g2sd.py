@@ -53,14 +53,16 @@ class G2SD(MaskedDistiller):
         config, pretrained, teacher_decoder: see there.
         task_teacher: the fine-tuned teacher, from images to logits. Needed for the specific stage with a teacher of your own.
 
-    Source: "Generic-to-Specific Distillation of Masked Autoencoders" (2023) and its published code. Our decisions: mixing is off by
-    default (few labels at small scale); the teacher is fine-tuned in place after the generic stage; for detection the features of a
+    Source: "Generic-to-Specific Distillation of Masked Autoencoders" (2023) and its published code. Images are mixed in the specific stage, as
+    published; without it a teacher that fits the labels of its training images only repeats them. Our decisions: the teacher is fine-tuned in place after the generic stage; for detection the features of a
     pyramid are compared by their mean squared error, since the published details are not known to us.
     """
 
     name = "g2sd"
 
     class Config(MaskedDistiller.Config):
+        mixup: float = Field(0.8, ge=0, description="alpha of mixup in the specific stage; 0: off")
+        cutmix: float = Field(1.0, ge=0, description="alpha of CutMix in the specific stage; 0: off")
         decoder_width: int = Field(16, ge=4, description="width of the student's decoder")
         clip_grad: float | None = Field(3.0, gt=0, description="largest gradient norm; none: no clipping")
         teacher_block: int | None = Field(
@@ -92,8 +94,6 @@ class G2SD(MaskedDistiller):
                 "finetune_steps": 250_000,
                 "layer_decay": 0.75,
                 "label_smoothing": 0.1,
-                "mixup": 0.8,
-                "cutmix": 1.0,
                 "teacher_epochs": 0,
             }
         }

@@ -7,7 +7,7 @@ labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -30,8 +30,8 @@ from limbeck.core.semi import SemiSupervisedData, Unlabelled
 from limbeck.core.stage import Stage
 from limbeck.losses.logits import soft_cross_entropy
 from limbeck.methods.models.base import ModelDistiller, make_network
-from limbeck.metrics.cost import count_flops
-from limbeck.networks.mae import build_decoder
+from limbeck.metrics.cost import count_function_flops
+from limbeck.networks.mae import build_decoder, fitting_sizes
 from limbeck.tasks.base import Task
 
 TEACHER_EPOCHS = 60.0
@@ -230,10 +230,10 @@ class MaskedDistiller(ModelDistiller):
 
     @classmethod
     def on_task(cls, task: Task, setup: Any, config: Any, *, seed: int = 0, progress: bool = True) -> Self:
-        small, big = default_networks(task)
+        small, big = fitting_sizes(task.in_shape)
         student = make_network(setup.student or cls.student_network(small, config), task, seed)
         given = setup.teacher is not None and ":" in setup.teacher
-        teacher = make_network(setup.teacher or big, task, mix_seed(seed, 51))
+        teacher = make_network(setup.teacher or f"maevit-{big}", task, mix_seed(seed, 51))
         config = config.replace(
             teacher_epochs=(0 if given else TEACHER_EPOCHS) if config.teacher_epochs is None else config.teacher_epochs,
             finetune_steps=FINETUNE_STEPS if config.finetune_steps is None else config.finetune_steps,
@@ -321,7 +321,7 @@ class MaskedDistiller(ModelDistiller):
 
         def optimisers() -> Mapping[str, Optimised]:
             encoder = patch_encoder(model)
-            theirs = {id(p) for p in encoder_parameters(encoder)}
+            theirs = {id(p) for p in encoder.parameters()}
             rest = [p for p in model.parameters() if id(p) not in theirs]
             groups = layer_decay_groups(
                 encoder, rest, lr=c.finetune_lr, decay=c.layer_decay, weight_decay=c.finetune_weight_decay
@@ -370,41 +370,7 @@ class MaskedDistiller(ModelDistiller):
         their ratio.
         """
         counters = self.counters.copy()
-        flops = count_flops(_Pass(self.teacher, self.teacher_pass), images)
+        flops = count_function_flops(self.teacher, self.teacher_pass, images)
         self.counters = counters
-        whole = count_flops(_Pass(self.teacher, lambda x: self.teacher_encoder(x).latent), images)
+        whole = count_function_flops(self.teacher, lambda x: self.teacher_encoder(x).latent, images)
         return {"teacher_flops": flops, "teacher_flops_whole": whole, "teacher_flops_ratio": flops / whole}
-
-
-class _Pass(nn.Module):
-    """A function of a model as a module, for the counter."""
-
-    def __init__(self, model: nn.Module, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, images: Tensor) -> Any:
-        return self.function(images)
-
-
-def encoder_parameters(encoder: PatchEncoder) -> Iterable[nn.Parameter]:
-    """Everything in an encoder: embedding, blocks, final norm."""
-    yield from encoder.embeddings
-    for block in encoder.blocks:
-        yield from block.parameters()
-    yield from encoder.norm.parameters()
-
-
-def default_networks(task: Task) -> tuple[str, str]:
-    """Sizes of a small and a large transformer for a task: the smallest patch with at most 8 patches a side.
-
-    Raises:
-        InputError: the images are no squares, or their side has no such divisor.
-    """
-    if len(task.in_shape) != 3 or task.in_shape[1] != task.in_shape[2]:
-        raise InputError(f"masked autoencoders need square images, and those of '{task.name}' are {task.in_shape}")
-    side = task.in_shape[1]
-    fitting = [p for p in range(2, side // 2 + 1) if side % p == 0 and side <= 8 * p]
-    if not fitting:
-        raise InputError(f"images of {side}x{side} pixels cannot be cut into at most 8x8 patches: give --image-size 32")
-    return f"d24-l4-h4-p{fitting[0]}", f"maevit-d64-l6-h4-p{fitting[0]}"

@@ -112,7 +112,7 @@ def test_the_encoder_term_is_off_as_published() -> None:
 
 
 def test_the_specific_loss_by_hand() -> None:
-    method = make(finetune_steps=1, label_smoothing=0.2)
+    method = make(finetune_steps=1, label_smoothing=0.2, mixup=0.0, cutmix=0.0)
     x = batch()
     losses = method.finetuning_losses(x)
     own, distilled = method.student.both(x.inputs)
@@ -135,10 +135,42 @@ def test_the_teacher_sees_the_mixed_image() -> None:
 
 
 def test_the_normalised_loss_takes_a_single_head() -> None:
-    method = make(network("maevit-d8-l2-h2-p2"), specific="nkd", finetune_steps=1, nkd_alpha=0.7, nkd_temperature=2.0)
+    method = make(
+        network("maevit-d8-l2-h2-p2"),
+        specific="nkd",
+        finetune_steps=1,
+        nkd_alpha=0.7,
+        nkd_temperature=2.0,
+        mixup=0.0,
+        cutmix=0.0,
+    )
     x = batch()
     expected = nkd(method.student(x.inputs), method.task_teacher(x.inputs), x.labels, 0.7, 2.0)
     torch.testing.assert_close(method.finetuning_losses(x).total, expected)
+
+
+def test_a_teacher_that_fits_its_labels_says_more_than_they_do_on_mixed_images_only() -> None:
+    x = batch(3)
+
+    class Knows(nn.Module):
+        """Answers with the nearest training image's label."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return -torch.cdist(images.flatten(1), x.inputs.flatten(1))
+
+    def terms(**mixing: float) -> dict[str, float]:
+        torch.manual_seed(1)
+        method = make(finetune_steps=1, task_teacher=Knows(), **mixing)
+        with torch.no_grad():
+            method.student.head.weight.normal_()
+            method.student.head_distillation.load_state_dict(method.student.head.state_dict())
+            method.student.both = lambda images: (z := method.student.head(images.flatten(1)[:, :8]), z)
+            return {k: float(v) for k, v in method.finetuning_losses(x).items()}
+
+    plain = terms(mixup=0.0, cutmix=0.0)
+    assert plain["ce"] == pytest.approx(plain["token"], rel=1e-5)
+    mixed = terms()  # as published
+    assert mixed["ce"] != pytest.approx(mixed["token"], rel=1e-2)
 
 
 def test_labels_alone_teach_both_heads() -> None:
