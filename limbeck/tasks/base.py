@@ -24,10 +24,13 @@ from limbeck.core.semi import SemiSupervisedData, keep_labels
 class TaskConfig(Config):
     """Which data, and how much of it."""
 
-    task: str = Field("digits", description="digits, mnist, cifar10, or any name that --data explains")
+    task: str = Field(
+        "digits",
+        description="digits, mnist, cifar10, wine, breast-cancer, adult, table, shapes, topomortar, stdlib-code, or any name that --data explains",
+    )
     data: str | None = Field(
         None,
-        description="a data set of your own: a folder of images or parquet files, or a Hugging Face data set's name",
+        description="a data set of your own: a folder of images or parquet files, a table (.csv, .tsv), or a Hugging Face data set's name",
     )
     label_column: str | None = Field(
         None, description="column of a table that is to be predicted; none: label, target, class or y"
@@ -168,7 +171,9 @@ def take(labels: Tensor, size: int | None, seed: int, what: str = "training", se
     if size is None:
         return torch.arange(len(labels))
     if size > len(labels):
-        raise InputError(f"{setting} {size} is more than the {len(labels)} {what} samples there are")
+        raise InputError(
+            f"{setting} {size} is more than the {len(labels)} {what} samples there are: ask for fewer, or none for all"
+        )
     return stratified_order(labels, seed)[:size].sort().values
 
 
