@@ -38,6 +38,9 @@ from limbeck.methods.models.base import make_network
 from limbeck.methods.models.g2sd import G2SD
 
 MARGIN = 0.04
+WEAK = (
+    " That teacher is no better than the students it teaches in the specific stage, so there is little for it to add."
+)
 PRETRAINING = {"scratch": None, "specific-only": None, "alone": "alone", "generic": "generic", "g2sd": "generic"}
 SPECIFIC = {"specific-only", "g2sd"}
 
@@ -124,5 +127,6 @@ def note(result: Mapping[str, Any], ground: Ground) -> str:
     return (
         f"Mean test accuracy with {ground.labelled} labels: both stages {mean['g2sd']:.1%}, generic and labels {mean['generic']:.1%}, specific "
         f"alone {mean['specific-only']:.1%}, masked autoencoding by itself {mean['alone']:.1%}, labels alone {mean['scratch']:.1%}. The "
-        f"fine-tuned teacher has {tuned:.1%} on validation data. Segmentation and detection, which the paper also reports, were not run."
+        f"fine-tuned teacher has {tuned:.1%} on validation data.{WEAK if tuned <= mean['generic'] else ''} Segmentation and detection, "
+        "which the paper also reports, were not run."
     )
