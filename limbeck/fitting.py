@@ -196,7 +196,7 @@ def _from_objects(
     cls: Any = catalogue.get(method).load() if isinstance(method, str) else method
     config = validate(cls.Config, {**cls.Config.preset_values(preset), **settings})
     seed_everything(mix_seed(seed, 3))
-    made = cls.from_modules(student, teacher, config, sample=train.fetch(torch.arange(min(2, len(train))), None))
+    made = cls.from_data(train, student, teacher, config, seed=seed)
     return made, None, splits, None, None
 
 

@@ -44,6 +44,8 @@ Reader = Callable[..., Any]
 _READERS: dict[str, str | Reader] = {
     "model": "limbeck.networks.artifacts:read_model",
     "multi-exit": "limbeck.networks.multi_exit:read_exits",
+    "dataset": "limbeck.adapters.distilled:read",
+    "graph-dataset": "limbeck.adapters.distilled_graphs:read",
 }
 
 

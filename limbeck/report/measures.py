@@ -107,6 +107,7 @@ class Measure:
 _KNOWN = [
     Measure("accuracy", "accuracy", "percent", "higher", "quality"),
     Measure("top5", "top-5 accuracy", "percent", "higher", "quality"),
+    Measure("accuracy_std", "its standard deviation over seeds", "percent", None, "quality"),
     Measure("macro_f1", "macro F1", "percent", "higher", "quality"),
     Measure("mrr_at_10", "MRR@10", "percent", "higher", "retrieval"),
     Measure("recall_at_1", "recall@1", "percent", "higher", "retrieval"),
@@ -134,6 +135,10 @@ _KNOWN = [
     Measure("latency_8", "latency, batch of 8", "seconds", "lower", "cost"),
     Measure("latency_ratio", "latency, ratio to the first", "ratio", "lower", "cost"),
     Measure("seconds", "seconds", "seconds", "lower", "cost"),
+    Measure("samples", "samples", "count", None, "cost"),
+    Measure("share_of_real_bytes", "share of the bytes of the real data", "percent"),
+    Measure("distinct_trees", "distinct computation trees", "count"),
+    Measure("tree_coverage", "nodes that the most frequent tenth of them covers", "percent"),
     Measure("auroc", "AUROC", "number", "higher", "quality"),
     Measure("ratio_teacher_right", "mean weight of the teacher over training, where it is right"),
     Measure("ratio_teacher_wrong", "mean weight of the teacher over training, where it is wrong"),
@@ -152,6 +157,8 @@ def measure(name: str, higher_is_better: bool | None = None) -> Measure:
         higher_is_better: overrules the direction, or gives it where the name is unknown.
     """
     found = KNOWN.get(name) or Measure(name, name.replace("_", " "))
+    if name.startswith("accuracy on "):
+        found = Measure(name, name, "percent", "higher", "quality")
     if higher_is_better is None:
         return found
     return Measure(found.name, found.label, found.kind, "higher" if higher_is_better else "lower", found.group)

@@ -106,6 +106,11 @@ class ModelDistiller(Method):
         return cls(student, config)
 
     @classmethod
+    def from_data(cls, data: Data, student: Any, teacher: Any, config: Any, *, seed: int = 0) -> Self:
+        """The method on a user's own modules, for data of their own."""
+        return cls.from_modules(student, teacher, config, sample=data.fetch(torch.arange(min(2, len(data))), None))
+
+    @classmethod
     def require(cls, **modules: Any) -> None:
         """That modules which the method cannot do without were given.
 
