@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 Measures = Mapping[str, float]
 TUNING_SEEDS = (1001, 1002)
+MINUS = " - "
+"""Between the names of two arms in a check: their difference, to be compared with another one."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Arm:
 class Check:
     """One comparison: method - baseline, better by more than ``margin``.
 
-    A negative margin asks for "no worse than by so much". Only headline checks make the verdict; the others are reported.
+    A negative margin asks for "no worse than by so much". Only headline checks make the verdict; the others are reported. In all
+    but the first headline check ``method`` and ``baseline`` may be differences of two arms, as ``"late - early"``: then the check
+    says whether an effect is larger in one place than in another.
     """
 
     statement: str

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import catalogue
+from limbeck.claims import comparing_datasets
 from limbeck.claims.statistics import paired_difference
 from limbeck.core.config import validate
 from limbeck.core.data import mix_seed
@@ -59,7 +60,8 @@ def compare(
         names: two or more methods of one family; the first is the one that the differences are about.
         setup: task, networks and hyper-parameters by name, for all methods.
         seeds: how many, at least 2 for an interval.
-        steps: updates for every method; the first method's own number if None.
+        steps: updates for every method; the first method's own number if None. Methods that distil data sets have the same
+            number of samples per class instead, and each its own number of steps if None.
         metric: the test measure to compare.
         out: folder for ``comparison.json``, and for finished pairs, so that a stopped comparison goes on.
         quiet: print no progress.
@@ -75,9 +77,17 @@ def compare(
         raise InputError(f"--seeds must be at least 2 for an interval (got {seeds})")
     first = next(iter(classes.values()))
     task = load_task(TaskConfig.make(**{k: v for k, v in setup.items() if k in TaskConfig.model_fields}))
-    budget = {k: setup.get(k, first.Config.model_fields[k].default) for k in SHARED}
-    config = validate(first.Config, {**_fitting(setup, first.Config), **budget})
-    updates = steps or config.total_steps(max(1, len(task.train) // min(config.batch_size, len(task.train))))
+    updates: int | None
+    if first.family == "datasets":
+        budget = comparing_datasets.shared_settings(first, setup)
+        validate(first.Config, {**_fitting(setup, first.Config), **budget})
+        updates = steps
+        words = f"{budget['ipc']} samples per class" if "ipc" in budget else "judged alike"
+    else:
+        budget = {k: setup.get(k, first.Config.model_fields[k].default) for k in SHARED}
+        config = validate(first.Config, {**_fitting(setup, first.Config), **budget})
+        updates = steps or config.total_steps(max(1, len(task.train) // min(config.batch_size, len(task.train))))
+        words = f"{updates:,} steps"
     ledger = _Pairs(None if out is None else out / "pairs.jsonl", {"setup": setup, "steps": updates})
     methods: dict[str, dict[str, Any]] = {n: {"metrics": {}, "seconds": [], "curve": []} for n in classes}
     curves: dict[str, list[list[list[float]]]] = {n: [] for n in classes}
@@ -86,8 +96,12 @@ def compare(
         for name, cls in classes.items():
             entry = ledger.get(name, seed)
             if entry is None:
-                settings = {**_fitting(setup, cls.Config), **budget, "steps": updates, "evaluations": 10}
-                entry = _measure(cls, task, _fitting(setup, cls.Setup), settings, seed)
+                if first.family == "datasets":
+                    settings = {**setup, **budget, **({} if steps is None else {"steps": steps})}
+                    entry = comparing_datasets.measure(cls, task, _fitting(setup, cls.Setup), settings, seed)
+                else:
+                    settings = {**_fitting(setup, cls.Config), **budget, "steps": updates, "evaluations": 10}
+                    entry = _measure(cls, task, _fitting(setup, cls.Setup), settings, seed)
                 ledger.keep(name, seed, entry)
             if metric not in entry["test"]:
                 raise UnknownNameError("metric", metric, entry["test"], hint=f"Known: {', '.join(entry['test'])}.")
@@ -121,6 +135,7 @@ def compare(
         "higher_is_better": higher,
         "seeds": list(range(seeds)),
         "steps": updates,
+        "budget": words,
         "methods": methods,
         "differences": differences,
         "settings": {**budget, **setup},

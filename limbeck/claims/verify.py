@@ -19,7 +19,7 @@ from typing import Any
 import limbeck
 from limbeck import catalogue
 from limbeck.claims import load_claim, module_of
-from limbeck.claims.base import TUNING_SEEDS, Claim, Outcome
+from limbeck.claims.base import MINUS, TUNING_SEEDS, Claim, Outcome
 from limbeck.claims.statistics import overall, paired_difference
 from limbeck.core.errors import InputError
 from limbeck.core.files import explained, write_json
@@ -127,11 +127,20 @@ def _choose(claim: Claim, ledger: _Ledger, arm: str) -> int:
     return max(range(len(candidates)), key=scores.__getitem__)
 
 
+def _per_seed(arms: Mapping[str, Any], name: str, metric: str) -> list[float]:
+    """An arm's values, or for ``A - B`` the differences of two arms on the same seeds."""
+    values: list[float]
+    values, *others = (arms[arm]["metrics"][metric] for arm in name.split(MINUS))
+    for other in others:
+        values = [a - b for a, b in zip(values, other, strict=True)]
+    return values
+
+
 def _check(claim: Claim, arms: Mapping[str, Any], number: int) -> dict[str, Any]:
     check = claim.checks[number]
     difference = paired_difference(
-        arms[check.method]["metrics"][check.metric],
-        arms[check.baseline]["metrics"][check.metric],
+        _per_seed(arms, check.method, check.metric),
+        _per_seed(arms, check.baseline, check.metric),
         higher_is_better=check.higher_is_better,
     )
     return {

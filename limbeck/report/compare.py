@@ -46,7 +46,7 @@ def write_comparison(found: Mapping[str, Any], out_folder: str | Path) -> Path:
         else f"{best[0]} comes first with {shown.spread(best[1]['metrics'].get(shown.name, []))}",
         shown=shown,
         seeds=found["seeds"],
-        steps=f"{found['steps']:,}",
+        budget=found.get("budget") or f"{found['steps']:,} steps",
         others=[measure(m) for m in others],
         rows=[
             {

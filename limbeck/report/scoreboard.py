@@ -190,7 +190,7 @@ def _problem(result: Any, name: str) -> str | None:
             return f"{what} lacks '{lacking[0]}'"
         if any(finite(pair[f]) is None for f in ("mean", "low", "high")):
             return f"{what} has a value that is no finite number"
-        for arm in (pair["method"], pair["baseline"]):
+        for arm in [arm for side in ("method", "baseline") for arm in pair[side].split(" - ")]:
             if pair["metric"] not in result["arms"].get(arm, {}).get("metrics", {}):
                 return f"{what} speaks of '{pair['metric']}' of an arm '{arm}' that has none"
         if number and pair.get("verdict") not in VERDICTS:
@@ -296,12 +296,17 @@ def _arm_plot(result: Mapping[str, Any], shown: Measure) -> Any:
     )
 
 
+def _side(name: str) -> str:
+    """One side of a check; in brackets if it is itself the difference of two arms."""
+    return f"({name})" if " - " in name else name
+
+
 def _check(check: Mapping[str, Any]) -> dict[str, Any]:
     shown = measure(check["metric"], check.get("higher_is_better"))
     margin = finite(check.get("margin")) or 0.0
     return {
         "statement": check.get("statement", ""),
-        "pair": f"{check['method']} - {check['baseline']}",
+        "pair": f"{_side(check['method'])} - {_side(check['baseline'])}",
         "metric": shown.label,
         "difference": shown.difference(check["mean"]),
         "interval": shown.interval(check["low"], check["high"]),

@@ -69,7 +69,8 @@ def comparison_table(found: Mapping[str, Any]) -> str:
         cells = [shown.spread(values["metrics"].get(shown.name, [])), *against]
         table.add_row(Text(name, "bold"), *map(Text, cells), Text(human_seconds(fmean(seconds) if seconds else None)))
     task, count = (found.get("task") or {}).get("name", "task"), len(found["seeds"])
-    head = f"{task}, {found['steps']:,} steps, {count} seed{'s' * (count != 1)}; mean ± standard deviation"
+    budget = found.get("budget") or f"{found['steps']:,} steps"
+    head = f"{task}, {budget}, {count} seed{'s' * (count != 1)}; mean ± standard deviation"
     return _render([Text(head), table, *([Text("differences: positive is better")] if differences else [])])
 
 

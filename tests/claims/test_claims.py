@@ -14,6 +14,7 @@ from limbeck.claims.base import TUNING_SEEDS, Arm, Check, Claim, Outcome
 from limbeck.claims.compare import compare
 from limbeck.claims.statistics import overall, paired_difference
 from limbeck.core.errors import InputError, UnknownNameError
+from limbeck.report.compare import write_comparison
 
 
 def test_intervals_of_three_seeds_are_the_range():
@@ -108,7 +109,8 @@ def test_every_claim_can_be_built_on_bundled_data(monkeypatch: pytest.MonkeyPatc
         claim = load_claim(name)
         assert claim.name == name and claim.seeds >= 3
         assert any(c.headline for c in claim.checks)
-        assert {c.method for c in claim.checks} | {c.baseline for c in claim.checks} <= set(claim.arms)
+        sides = {side for c in claim.checks for side in (c.method, c.baseline)}
+        assert {arm for side in sides for arm in side.split(" - ")} <= set(claim.arms)
         tuned = [len(a.candidates) for a in claim.arms.values() if a.role == "baseline"]
         methods = [len(a.candidates) for a in claim.arms.values() if a.role == "method"]
         assert min(tuned) >= min(methods), f"{name}: a baseline has fewer candidates than the method"
@@ -154,3 +156,27 @@ def test_methods_of_several_trainings_are_not_compared_by_one_budget() -> None:
     setup = {"task": "digits", "train_size": 60, "student": "mlp-8"}
     with pytest.raises(InputError, match="gt-self-distillation is 7 trainings"):
         compare(["gt-self-distillation", "supervised"], setup, seeds=2, steps=200, quiet=True)
+
+
+def test_a_check_may_compare_two_differences():
+    from limbeck.claims.verify import _per_seed
+
+    arms = {name: {"metrics": {"accuracy": values}} for name, values in {"a": [3.0, 5.0], "b": [1.0, 1.0]}.items()}
+    assert _per_seed(arms, "a", "accuracy") == [3.0, 5.0]
+    assert _per_seed(arms, "a - b", "accuracy") == [2.0, 4.0]
+
+
+def test_methods_that_distil_data_are_compared_at_equal_size(tmp_path: Path):
+    setup = {
+        "ipc": 2,
+        "judge_seeds": 2,
+        "judge_steps": 4,
+        "judge_networks": ("mlp-16",),
+        "batch_real": 4,
+        "network": "convnet-w4-d2",
+    }
+    found = compare(["datadam", "dm"], setup, seeds=2, steps=3, out=tmp_path, quiet=True)
+    assert found["budget"] == "2 samples per class"
+    assert set(found["methods"]) == {"datadam", "dm"} and len(found["methods"]["dm"]["metrics"]["accuracy"]) == 2
+    assert found["methods"]["dm"]["metrics"]["samples"] == [20, 20]
+    assert "2 samples per class" in write_comparison(found, tmp_path).read_text()

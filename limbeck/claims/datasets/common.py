@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from limbeck import catalogue
 from limbeck.blocks.diffaug import DiffAug
 from limbeck.blocks.ensembles import Recipe
@@ -44,6 +46,15 @@ def run(made: Any, on: Task, seed: int) -> Any:
     made.prepare_run(on.train, on.val, None)
     Engine(None, QUIET, seed=mix_seed(seed, 2)).run(made, made.stages(on.train, on.val, seed=seed))
     return made
+
+
+def chosen_at_random(on: Task, factory: Factory, ipc: int, seed: int) -> DistilledDataset:
+    """Random real images, ``ipc`` of each class."""
+    made: Any = catalogue.get("dm").load()
+    host = made(on.train, factory, ipc=1, seed=seed)
+    return host.as_dataset(
+        *host.real_samples(host.classes.sample(ipc, torch.Generator().manual_seed(mix_seed(seed, 37))))
+    )
 
 
 def worth(

@@ -173,13 +173,13 @@ class DatasetDistiller(Method):
 
     def random_selection(self, nbytes: int, seed: int = 0) -> DistilledDataset:
         """Real samples, as many of each class, that take no more than ``nbytes`` (at least one of each class)."""
-        shape = self._real(torch.zeros(1, dtype=torch.long))[0].shape[1:]
+        shape = self.real_samples(torch.zeros(1, dtype=torch.long))[0].shape[1:]
         kind: Kind = "images" if len(shape) == 3 else "vectors"
         each = nbytes // real_bytes(shape, self.num_classes, kind) // self.num_classes
         generator = torch.Generator().manual_seed(mix_seed(self.seed, seed, 31))
         per_class = int(min(max(1, each), int(self.classes.counts.min())))
         ids = self.classes.sample(per_class, generator).flatten()
-        return self.as_dataset(*self._real(ids), index=ids)
+        return self.as_dataset(*self.real_samples(ids), index=ids)
 
     def whole_set(self) -> DistilledDataset:
         return self.as_dataset(*everything(self.real))
@@ -196,9 +196,10 @@ class DatasetDistiller(Method):
             **{"kind": kind, "bits": 8 if kind == "images" else 32, "class_names": self.class_names, **known, **more},
         )
 
-    def _real(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        batch = self.real.fetch(ids, None)
-        return batch.inputs, self.classes.labels[ids]
+    def real_samples(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of the real samples with these ids (any shape, flattened)."""
+        ids = ids.flatten()
+        return self.real.fetch(ids, None).inputs, self.classes.labels[ids]
 
     def judge_factories(self, sample: Tensor) -> dict[str, Factory]:
         """The networks that are trained on the contestants, by name; the method's own first.
@@ -396,7 +397,7 @@ class SelectionDistiller(DatasetDistiller):
         if not len(self.chosen):
             raise InputError(f"{self.name} has chosen nothing yet: run its stages (limbeck.fit) first")
         ids = self.chosen.cpu()
-        return self.as_dataset(*self._real(ids), index=ids)
+        return self.as_dataset(*self.real_samples(ids), index=ids)
 
     def judge_augmentation(self) -> DiffAug | None:
         sample = self.real.fetch(torch.arange(1), None).inputs
