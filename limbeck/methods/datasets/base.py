@@ -81,6 +81,10 @@ class DatasetDistiller(Method):
         self.seed, self.class_names = seed, list(class_names)
         self.classes = self.find_classes()
         self.factory = None if network is None else factory_of(network)
+        sample = self.real.fetch(torch.arange(1), None).inputs
+        if isinstance(sample, Tensor):  # a wrong name is refused now, and not after distilling
+            for name in self.config.judge_networks:
+                network_factory(name, tuple(sample.shape[1:]), self.num_classes)
         self.network_name = name_of(network)
 
     def find_classes(self) -> ClassIndex:

@@ -177,3 +177,8 @@ def test_bad_networks():
         DM(real(), lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), ipc=1)(Batch(*real(12)))
     with pytest.raises(InputError, match="needs student="):
         limbeck.fit("dm", real(), ipc=1)
+
+
+def test_unknown_judges_are_refused_before_distilling():
+    with pytest.raises(InputError, match="unknown network 'nothing'"):
+        make(judge_networks=("nothing",))
