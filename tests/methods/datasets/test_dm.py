@@ -7,7 +7,7 @@ import limbeck
 from limbeck import networks
 from limbeck.core.batch import Batch
 from limbeck.core.data import TensorData
-from limbeck.core.errors import InputError
+from limbeck.core.errors import InputError, UnknownNameError
 from limbeck.methods.datasets import DM
 from tests.helpers import resumed_equals_uninterrupted
 
@@ -180,5 +180,5 @@ def test_bad_networks():
 
 
 def test_unknown_judges_are_refused_before_distilling():
-    with pytest.raises(InputError, match="unknown network 'nothing'"):
+    with pytest.raises(UnknownNameError, match="unknown network 'nothing'"):
         make(judge_networks=("nothing",))
