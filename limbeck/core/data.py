@@ -207,7 +207,7 @@ class MapData(Data):
 
 
 def as_data(value: Any) -> Data:
-    """Turn what users have into :class:`Data`: tensors or arrays ``(x, y)``, a data set, or a ``DataLoader``.
+    """Turn what users have into :class:`Data`: tensors or arrays ``(x, y)``, a list of graphs, a data set, or a ``DataLoader``.
 
     Of a loader its data set and collate function are used; order and batch size are the engine's, so that a run can resume.
 
@@ -220,6 +220,10 @@ def as_data(value: Any) -> Data:
         return TensorData(torch.as_tensor(value))
     if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, Tensor | np.ndarray) for v in value):
         return TensorData(torch.as_tensor(value[0]), torch.as_tensor(value[1]))
+    if isinstance(value, tuple | list) and value and hasattr(value[0], "edge_index"):
+        from limbeck.core.graphs import GraphData
+
+        return GraphData.of(value)
     if isinstance(value, torch.utils.data.DataLoader):
         if isinstance(value.dataset, torch.utils.data.IterableDataset):
             raise InputError(

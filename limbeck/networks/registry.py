@@ -121,6 +121,17 @@ FAMILIES: dict[str, Family] = {
         ("segmenter-w8-l3-b1", "segmenter-w24-l3-b3", "segmenter-w48-l3-b1"),
         keys={"w": "width", "l": "levels", "b": "blocks"},
     ),
+    **{
+        kind: Family(
+            "graphs",
+            kind,
+            f"{kind}[-w<width>][-l<layers>][-e<edge labels>]{'[-h<heads>]' if kind == 'gat' else ''}[-mean|-sum]",
+            (f"{kind}-w32-l2", f"{kind}-w64-l3-sum"),
+            keys={"w": "width", "l": "depth", "e": "edge_values", **({"h": "heads"} if kind == "gat" else {})},
+            words={readout: ("readout", readout) for readout in ("mean", "sum")},
+        )
+        for kind in ("gcn", "gin", "gat", "sage")
+    },
     "mlp": Family(
         "mlp",
         "MLP",

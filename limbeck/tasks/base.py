@@ -26,7 +26,7 @@ class TaskConfig(Config):
 
     task: str = Field(
         "digits",
-        description="digits, mnist, cifar10, wine, breast-cancer, adult, table, shapes, topomortar, stdlib-code, or any name that --data explains",
+        description="digits, mnist, cifar10, wine, breast-cancer, adult, table, shapes, topomortar, stdlib-code, molecules, mutag, proteins, nci1, graphs (a folder in the TU format), or any name that --data explains",
     )
     data: str | None = Field(
         None,
@@ -111,8 +111,13 @@ _TASKS: dict[str, str] = {
     "shapes": "limbeck.tasks.segmentation:load_shapes",
     "topomortar": "limbeck.tasks.segmentation:load_topomortar",
     "stdlib-code": "limbeck.tasks.code:load",
+    "molecules": "limbeck.tasks.graphs:load_molecules",
+    "mutag": "limbeck.tasks.graphs:load_mutag",
+    "proteins": "limbeck.tasks.graphs:load_proteins",
+    "nci1": "limbeck.tasks.graphs:load_nci1",
+    "graphs": "limbeck.tasks.graphs:load_folder",
 }
-_READ_OWN_DATA = {"stdlib-code", "table"}  # tasks that read --data themselves, since it holds no images
+_READ_OWN_DATA = {"stdlib-code", "table", "graphs"}  # tasks that read --data themselves, since it holds no images
 
 
 def load_task(config: TaskConfig) -> Task:
