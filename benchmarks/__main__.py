@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine_overhead, teacher_cache
+from benchmarks import engine_overhead, experts, inner_loop, matching, teacher_cache
 
 _HEAD = """# Benchmarks
 
@@ -23,6 +23,15 @@ def main() -> None:
     rows = [
         ("a step of `kd` through the engine", "the same step by hand in plain PyTorch", engine_overhead.measure()),
         ("an epoch with the teacher cache", "the same epoch without it", teacher_cache.measure()),
+        (f"an epoch of {experts.EXPERTS} experts together", "the same experts one by one", experts.measure()),
+        ("exact gradient through 20 inner steps by the adjoint", "by unrolling", inner_loop.measure_time()),
+        ("bytes that its graphs hold, 40 inner steps", "the same with 5", inner_loop.measure_growth()),
+        ("a step of `datadam`", "a step of `dm`", matching.measure("dm", matching.ALLOWED_DM)),
+        (
+            "a step of `datadam`",
+            f"trajectory matching with {matching.INNER} inner steps",
+            matching.measure("trajectory", matching.ALLOWED_TRAJECTORY),
+        ),
     ]
     text = _HEAD
     for what, rival, found in rows:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from limbeck.blocks.ensembles import Loss, ensemble_gradients
+from limbeck.blocks.ensembles import Loss, ensemble_gradients, networks_at_once
 from limbeck.blocks.flat import FlatNetwork
 from limbeck.blocks.view_labelers import Labeler
 from limbeck.core.data import mix_seed
@@ -81,6 +81,7 @@ def train_on_views(
     sizes = torch.tensor(network.sizes)
     decayed = torch.tensor(network.weights()).repeat_interleave(sizes).to(leaf) * recipe.weight_decay
     generator = torch.Generator().manual_seed(mix_seed(seed, 29))
+    at_once = networks_at_once(network, theta, labeler.images[:2], size)
     step = 0
     for epoch in range(recipe.epochs):
         orders = torch.rand(count, n, generator=generator).argsort(1)
@@ -88,7 +89,7 @@ def train_on_views(
             index = orders[:, start : start + size]
             views, labels = labeler.fetch(epoch, index.flatten())
             losses, leaf.grad = ensemble_gradients(
-                network, leaf, views.unflatten(0, index.shape), labels.unflatten(0, index.shape), criterion
+                network, leaf, views.unflatten(0, index.shape), labels.unflatten(0, index.shape), criterion, at_once
             )
             rate = recipe.lr * (1 + math.cos(math.pi * step / total)) / 2
             for group in optimizer.param_groups:

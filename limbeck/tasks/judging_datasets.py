@@ -26,7 +26,6 @@ from limbeck.core.progress import StageProgress
 from limbeck.core.seeding import preserved_random_state, seed_everything
 
 Factory = Callable[[], nn.Module]
-_TRAINING_CHUNK = 1 << 22  # numbers in the input batches of all networks that train together
 
 
 class JudgingConfig(Config):
@@ -76,7 +75,7 @@ def train_networks(
         dataset: labels may be soft; then the loss is the cross-entropy at its recipe's ``temperature`` (1 if it has none).
         factory: builds a network with new weights.
         recipe: the training.
-        seeds: number of networks; they are trained together, as one ensemble, as far as memory allows.
+        seeds: number of networks; they are trained together, as one ensemble.
         seed: of their initial weights, orders and augmentation.
         augment: of training inputs.
         device: where to train.
@@ -93,23 +92,18 @@ def train_networks(
         seed_everything(mix_seed(seed, 41))
         network, theta = draw_flat(factory, seeds)
     network.skeleton.to(device)
-    batch = min(recipe.batch_size, len(inputs)) * inputs[0].numel()
-    together = max(1, min(seeds, _TRAINING_CHUNK // batch))
-    parts = [
-        train_ensemble(
-            network,
-            part,
-            inputs,
-            labels,
-            recipe,
-            seed=mix_seed(seed, number, 43),
-            augment=augment,
-            loss=loss,
-            after_step=None if tick is None else partial(_tick, tick, len(part)),
-        )
-        for number, part in enumerate(theta.to(device).split(together))
-    ]
-    return Trained(network, torch.cat(parts))
+    trained = train_ensemble(
+        network,
+        theta.to(device),
+        inputs,
+        labels,
+        recipe,
+        seed=mix_seed(seed, 0, 43),
+        augment=augment,
+        loss=loss,
+        after_step=None if tick is None else partial(_tick, tick, seeds),
+    )
+    return Trained(network, trained)
 
 
 def _tick(tick: Callable[[int], None], networks: int, step: int, losses: Tensor) -> None:

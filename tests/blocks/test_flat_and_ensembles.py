@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from limbeck import networks
-from limbeck.blocks.ensembles import Recipe, ensemble_gradients, ensemble_logits, train_ensemble
+from limbeck.blocks.ensembles import Recipe, ensemble_gradients, ensemble_logits, networks_at_once, train_ensemble
 from limbeck.blocks.flat import FlatNetwork, draw_flat
 from limbeck.core.errors import InputError, UnknownNameError
 
@@ -86,8 +86,18 @@ def test_bad_recipes(made):
         train_ensemble(network, theta, x, y, Recipe(1, optimizer="sdg"))
     with pytest.raises(InputError, match="no samples"):
         train_ensemble(network, theta, x[:0], y[:0], Recipe(1))
-    with pytest.raises(InputError, match="diverged at learning rate"):
+    with pytest.warns(UserWarning, match="3 of 3 networks diverged at learning rate"):
         train_ensemble(network, theta, x, y, Recipe(30, lr=1e12))
+
+
+def test_taking_turns_is_the_same(made, monkeypatch):
+    network, theta = made
+    x, y = torch.randn(3, 6, 1, 8, 8), torch.randint(0, 3, (3, 6))
+    assert networks_at_once(network, theta, x[0], 6) == 3
+    monkeypatch.setattr("limbeck.blocks.ensembles.MAPPED_UP_TO", 0)
+    assert networks_at_once(network, theta, x[0], 6) == 1
+    together, turns = (ensemble_gradients(network, theta, x, y, at_once=n) for n in (None, 1))
+    assert torch.allclose(together[0], turns[0], atol=1e-6) and torch.allclose(together[1], turns[1], atol=1e-5)
 
 
 def test_batch_norm_networks_use_the_statistics_of_the_batch():

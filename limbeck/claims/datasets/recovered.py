@@ -55,7 +55,7 @@ LOWEST, STUDENT_CROP = 0.35, 0.7
 TEACHER, STUDENT = "convnet-w32-d3-batch", "convnet-w24-d3"
 MOST, FEW = 3, 1
 SETTINGS = {"ipc": MOST, "iterations": 200, "lr": 0.1, "r_bn": 0.1, "jitter": 2, "lowest_crop": LOWEST}
-TRAINING = {"epochs": 15, "lr": 2e-3, "evaluations": 0}
+TRAINING: dict[str, Any] = {"epochs": 15, "lr": 2e-3, "evaluations": 0}
 VIEWS = ViewRecipe(epochs=250, batch_size=64, lr=5e-3, weight_decay=0.01, temperature=1.5)
 NETWORKS = 2
 """Students of each kind and seed; their mean counts."""
@@ -77,8 +77,8 @@ def task() -> Task:
             seed=data.seed,
         )
 
-    parts = {name: enlarged(getattr(small, name)) for name in ("train", "val", "test")}
-    return replace(small, name=f"digits-{SIDE}", in_shape=(1, SIDE, SIDE), **parts)
+    train, val, test = (enlarged(part) for part in (small.train, small.val, small.test))
+    return replace(small, name=f"digits-{SIDE}", in_shape=(1, SIDE, SIDE), train=train, val=val, test=test)
 
 
 @functools.lru_cache(maxsize=8)

@@ -92,6 +92,8 @@ class RecoverDistiller(RelabelDistiller):
 
     images: Tensor
     labels: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(
         self,

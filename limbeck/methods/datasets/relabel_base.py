@@ -82,6 +82,7 @@ class RelabelDistiller(DatasetDistiller):
         )
 
     needs_network = False
+    teacher: nn.Module
 
     def __init__(
         self,
