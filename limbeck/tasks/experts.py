@@ -27,12 +27,12 @@ from limbeck.core.method import Method
 from limbeck.core.optim import Optimised
 from limbeck.core.seeding import preserved_random_state, seed_everything
 from limbeck.core.stage import Stage, Stepper
+from limbeck.networks.fresh import Factory
 from limbeck.tasks.base import cache_folder, hash_of
 from limbeck.tasks.judging_datasets import everything
 from limbeck.tasks.teachers import alone, as_labels
 
 RECIPE = 1  # part of the cache key: raise it when the way experts are trained changes
-Factory = Callable[[], nn.Module]
 
 
 class ExpertConfig(Config):

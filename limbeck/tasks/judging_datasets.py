@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from limbeck.blocks.ensembles import Recipe, ensemble_logits, train_ensemble
 from limbeck.blocks.flat import FlatNetwork, draw_flat
@@ -24,8 +24,7 @@ from limbeck.core.distilled import DistilledDataset
 from limbeck.core.errors import InputError
 from limbeck.core.progress import StageProgress
 from limbeck.core.seeding import preserved_random_state, seed_everything
-
-Factory = Callable[[], nn.Module]
+from limbeck.networks.fresh import Factory
 
 
 class JudgingConfig(Config):

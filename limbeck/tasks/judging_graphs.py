@@ -21,7 +21,8 @@ from limbeck.core.distilled_graphs import DistilledGraphs
 from limbeck.core.graphs import GraphData
 from limbeck.core.progress import StageProgress
 from limbeck.core.seeding import preserved_random_state, seed_everything
-from limbeck.tasks.judging_datasets import Factory, JudgingConfig
+from limbeck.networks.fresh import Factory
+from limbeck.tasks.judging_datasets import JudgingConfig
 
 
 def train_on_graphs(

@@ -20,7 +20,8 @@ from limbeck.blocks.view_training import ViewRecipe, train_on_views
 from limbeck.core.data import mix_seed
 from limbeck.core.progress import StageProgress
 from limbeck.core.seeding import preserved_random_state, seed_everything
-from limbeck.tasks.judging_datasets import Factory, Trained
+from limbeck.networks.fresh import Factory
+from limbeck.tasks.judging_datasets import Trained
 
 
 def train_networks_on_views(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -13,12 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from limbeck import networks
 from limbeck.adapters.distilled import save_distilled
 from limbeck.blocks.class_batches import ClassIndex
 from limbeck.blocks.diffaug import OPERATIONS, DiffAug
 from limbeck.blocks.formation import Formation, MultiFormation, identity
-from limbeck.blocks.fresh import check_redrawable, redraw
 from limbeck.blocks.zca import ZCA
 from limbeck.core.batch import Batch
 from limbeck.core.data import Data, TensorData, as_data, mix_seed
@@ -28,11 +25,10 @@ from limbeck.core.method import Method
 from limbeck.core.optim import Optimised
 from limbeck.core.seeding import preserved_random_state
 from limbeck.core.stage import Stage
+from limbeck.networks.fresh import Factory, default_network, factory_of, name_of, network_factory
 from limbeck.tasks.base import Task, TaskConfig, load_task
-from limbeck.tasks.judging_datasets import Factory, JudgingConfig, everything, judge_datasets
+from limbeck.tasks.judging_datasets import JudgingConfig, everything, judge_datasets
 from limbeck.tasks.sheets import distilled_sheet
-
-SMALL_NETWORK = "convnet-w32-d2"
 
 
 class DatasetDistiller(Method):
@@ -359,10 +355,18 @@ class ImageDistiller(DatasetDistiller):
         if gradient is None:
             raise InputError("no gradient reaches the images: does the network's forward detach?")
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        """The images and labels that are the result."""
+        return self.images.detach(), self.labels
+
     def distilled(self) -> DistilledDataset:
+        return self.as_product(*self.product())
+
+    def as_product(self, images: Tensor, labels: Tensor) -> DistilledDataset:
+        """Images and labels as a data set, as it comes back from the disk."""
         made = self.as_dataset(
-            self.images.detach().cpu().clone(),
-            self.labels.cpu(),
+            images.cpu().clone(),
+            labels.cpu().clone(),
             bits=self.config.bits,
             factor=self.config.factor,
             recipe=self.recipe(),
@@ -382,33 +386,6 @@ class ImageDistiller(DatasetDistiller):
         return (inputs if self.zca is None else self.zca(inputs)), labels
 
 
-class SelectionDistiller(DatasetDistiller):
-    """Base of the methods that choose real samples; :attr:`chosen` holds their ids, in no particular order."""
-
-    needs_network = False
-    chosen: Tensor
-
-    def __init__(self, data: Any, network: Any = None, config: Any = None, **options: Any) -> None:
-        super().__init__(data, network, config, **options)
-        self.register_buffer("chosen", torch.zeros(0, dtype=torch.long))
-
-    def distilled(self) -> DistilledDataset:
-        """The chosen samples.
-
-        Raises:
-            InputError: nothing was chosen yet.
-        """
-        if not len(self.chosen):
-            raise InputError(f"{self.name} has chosen nothing yet: run its stages (limbeck.fit) first")
-        ids = self.chosen.cpu()
-        return self.as_dataset(*self.real_samples(ids), index=ids)
-
-    def judge_augmentation(self) -> DiffAug | None:
-        sample = self.real.fetch(torch.arange(1), None).inputs
-        flips = bool(getattr(getattr(self.real, "augment", None), "flip", False))
-        return DiffAug(OPERATIONS if flips else ("crop",)) if sample.ndim == 4 else None
-
-
 def hardened(made: DistilledDataset) -> DistilledDataset:
     """The same samples with hard labels."""
     return replace(made, labels=made.hard_labels, recipe={k: v for k, v in made.recipe.items() if k != "temperature"})
@@ -422,56 +399,3 @@ def tiled(images: Tensor, factor: int) -> Tensor:
     small = torch.nn.functional.adaptive_avg_pool2d(images, (height // factor, width // factor))
     grid = small.view(n // factor**2, factor, factor, channels, height // factor, width // factor)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(n // factor**2, channels, height, width)
-
-
-def network_factory(name: str, in_shape: tuple[int, ...], num_classes: int) -> Factory:
-    """Builds networks by name, with new weights from torch's random state."""
-    networks.build(name, in_shape=in_shape, num_classes=num_classes)  # a wrong name is refused here
-
-    def make() -> nn.Module:
-        return networks.build(name, in_shape=in_shape, num_classes=num_classes)
-
-    make.__name__ = name
-    return make
-
-
-def factory_of(network: Factory | nn.Module) -> Factory:
-    """A function that builds networks with new weights, from one or from a module.
-
-    Raises:
-        InputError: neither, or a module that cannot be drawn anew.
-    """
-    if not isinstance(network, nn.Module):
-        if not callable(network):
-            raise InputError(
-                f"the network must be a module or a function that builds one, not {type(network).__name__}"
-            )
-        return network
-    spec = networks.spec_of(network)
-    if spec is not None:
-        return network_factory(spec["name"], tuple(spec["in_shape"]), spec["num_classes"])
-    check_redrawable(network)
-
-    def make() -> nn.Module:
-        fresh = copy.deepcopy(network)
-        redraw(fresh)
-        return fresh
-
-    return make
-
-
-def name_of(network: Any) -> str:
-    """What a network is called in tables."""
-    spec = networks.spec_of(network) if isinstance(network, nn.Module) else None
-    if spec is not None:
-        return str(spec["name"])
-    named: Callable[..., Any] | type = type(network) if isinstance(network, nn.Module) else network
-    return getattr(named, "__name__", type(network).__name__)
-
-
-def default_network(in_shape: Sequence[int]) -> str:
-    """A small network for inputs of this shape: a ConvNet with two or three blocks for images, else an MLP."""
-    if len(in_shape) != 3:
-        return "mlp-128"
-    side = min(in_shape[1:])
-    return SMALL_NETWORK if side < 16 else "convnet-w32-d3"

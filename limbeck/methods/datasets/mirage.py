@@ -28,9 +28,9 @@ from limbeck.core.errors import InputError
 from limbeck.core.graphs import INT_BYTES, GraphData
 from limbeck.core.stage import Stage
 from limbeck.methods.datasets.base import DatasetDistiller, network_factory
+from limbeck.networks.fresh import Factory
 from limbeck.report.tree_sheets import drawn_forest, tree_sheet
 from limbeck.tasks.base import Task, stratified_order
-from limbeck.tasks.judging_datasets import Factory
 from limbeck.tasks.judging_graphs import judge_graphs
 
 SHOWN = 6  # items of a class in the picture

@@ -11,18 +11,46 @@ from torch import Tensor, nn
 from limbeck import networks
 from limbeck.blocks import coresets
 from limbeck.blocks.class_batches import ClassIndex
+from limbeck.blocks.diffaug import OPERATIONS, DiffAug
 from limbeck.blocks.embeddings import embed, gradient_embedding, penultimate, raw_pixels
 from limbeck.core.batch import Batch
 from limbeck.core.data import Data, mix_seed
 from limbeck.core.distilled import DistilledDataset
 from limbeck.core.errors import InputError
 from limbeck.core.stage import Stage, Stepper
-from limbeck.methods.datasets.base import SelectionDistiller, default_network, network_factory
+from limbeck.methods.datasets.base import DatasetDistiller, default_network, network_factory
 from limbeck.networks.base import Network
 from limbeck.tasks.base import Task
 from limbeck.tasks.teachers import reference_teacher
 
 UNFINISHED = -1
+
+
+class SelectionDistiller(DatasetDistiller):
+    """Base of the methods that choose real samples; :attr:`chosen` holds their ids, in no particular order."""
+
+    needs_network = False
+    chosen: Tensor
+
+    def __init__(self, data: Any, network: Any = None, config: Any = None, **options: Any) -> None:
+        super().__init__(data, network, config, **options)
+        self.register_buffer("chosen", torch.zeros(0, dtype=torch.long))
+
+    def distilled(self) -> DistilledDataset:
+        """The chosen samples.
+
+        Raises:
+            InputError: nothing was chosen yet.
+        """
+        if not len(self.chosen):
+            raise InputError(f"{self.name} has chosen nothing yet: run its stages (limbeck.fit) first")
+        ids = self.chosen.cpu()
+        return self.as_dataset(*self.real_samples(ids), index=ids)
+
+    def judge_augmentation(self) -> DiffAug | None:
+        sample = self.real.fetch(torch.arange(1), None).inputs
+        flips = bool(getattr(getattr(self.real, "augment", None), "flip", False))
+        return DiffAug(OPERATIONS if flips else ("crop",)) if sample.ndim == 4 else None
 
 
 class Selection(SelectionDistiller):

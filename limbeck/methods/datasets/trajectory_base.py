@@ -22,7 +22,6 @@ from limbeck.blocks.trajectory_matching import (
 )
 from limbeck.core.batch import Batch, Losses
 from limbeck.core.data import Data, mix_seed
-from limbeck.core.distilled import DistilledDataset
 from limbeck.core.errors import InputError
 from limbeck.core.optim import Optimised
 from limbeck.core.seeding import preserved_random_state
@@ -351,25 +350,6 @@ class TrajectoryMatching(ImageDistiller):
                 optimisers=lambda: self.optimisers(steps),
             )
         ]
-
-    def product(self) -> tuple[Tensor, Tensor]:
-        """The images and labels that are the result."""
-        return self.images.detach(), self.labels
-
-    def distilled(self) -> DistilledDataset:
-        return self.as_product(*self.product())
-
-    def as_product(self, images: Tensor, labels: Tensor) -> DistilledDataset:
-        """Images and labels with the learnt step size, as they come back from the disk."""
-        made = self.as_dataset(
-            images.cpu().clone(),
-            labels.cpu().clone(),
-            bits=self.config.bits,
-            factor=self.config.factor,
-            recipe=self.recipe(),
-            extra_bytes=0 if self.zca is None else self.zca.nbytes,
-        )
-        return made.stored()
 
     def recipe(self) -> dict[str, Any]:
         return {"lr": float(self.step_size.detach())}
