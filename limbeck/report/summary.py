@@ -8,12 +8,14 @@ from typing import Any
 from limbeck.report.measures import measure
 from limbeck.report.numbers import finite, human_count, human_seconds, percent, times
 
+_SHARE = "share_of_real_bytes"
+
 
 def sentence(result: Mapping[str, Any]) -> str:
     """What came out, for a reader in a hurry.
 
     ``student: 96.2 % with 2.1 k parameters, 55 times fewer than its teacher (98.4 %)``. Families without accuracies name
-    the first measure instead; a result that judged nothing says so.
+    the first measure instead; a distilled data set is named beside what it was compared with; a result that judged nothing says so.
     """
     rows = result.get("rows") or []
     if not rows:
@@ -24,6 +26,13 @@ def sentence(result: Mapping[str, Any]) -> str:
         return f"{first.get('who', 'result')}: no measure is a finite number"
     shown = measure(key)
     text = f"{first.get('who', 'result')}: {_named(key, first[key])}"
+    share = finite(result.get(_SHARE))
+    if share is not None:  # data was distilled: what counts is what stands beside it
+        samples = human_count(finite(first.get("samples")))
+        others = "; ".join(f"{row.get('who')}: {shown.text(row.get(key))}" for row in rows[1:])
+        return f"{text} from {samples} samples, {percent(share)} of the bytes of the real data" + f" ({others})" * bool(
+            others
+        )
     size = finite(first.get("parameters"))
     if size is not None:
         text += f" with {human_count(size)} parameters"
@@ -52,6 +61,11 @@ def tiles(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             found.append((shown.text(first[key]), f"{first.get('who', '')} {shown.label}".strip(), beside))
         found += _ratio(first, other, "parameters", "fewer parameters", "more parameters")
         found += _ratio(first, other, "latency", "faster", "slower")
+    share = finite(result.get(_SHARE))
+    if share is not None:
+        found.append((percent(share), measure(_SHARE).label, f"{human_count(finite(rows[0].get('samples')))} samples"))
+        key = _headline(rows[0])
+        found += [(measure(key).text(row.get(key)), str(row.get("who")), "") for row in rows[1:] if key is not None]
     same = finite((result.get("agreement") or {}).get("top1_agreement"))
     if same is not None:
         found.append((percent(same), "same answers as the teacher", ""))

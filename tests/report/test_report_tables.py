@@ -122,3 +122,18 @@ def test_verdict_table_shows_claim_arms_checks_and_note():
         "1 min 15 s",
     ):
         assert part in text
+
+
+def test_the_sentence_of_a_distilled_data_set():
+    rows = [
+        {"who": "distilled", "accuracy": 0.965, "samples": 100, "bytes": 6512},
+        {"who": "random, same bytes", "accuracy": 0.943, "samples": 100, "bytes": 6512},
+        {"who": "whole set", "accuracy": 0.985, "samples": 1000, "bytes": 65008},
+    ]
+    result = {"rows": rows, "share_of_real_bytes": 0.1}
+    assert sentence(result) == (
+        "distilled: 96.5 % from 100 samples, 10.0 % of the bytes of the real data (random, same bytes: 94.3 %; whole set: 98.5 %)"
+    )
+    shown = tiles(result)
+    assert ("10.0 %", "share of the bytes of the real data", "100 samples") in shown
+    assert ("98.5 %", "whole set", "") in shown

@@ -5,6 +5,10 @@ augmentation in all arms, networks of three blocks. The learning rate of the ima
 matching and for DataDAM, on validation data and seeds of their own. The exponent of the attention maps is fixed at 1 for the
 headline, from the specification's pilot; 4, the value of the paper's table, and attention without the last representation are
 reported at DataDAM's default rate. Networks are judged alike: the best of three learning rates on validation data, for every arm.
+
+A first measurement, with networks half as wide, half the real images in a batch, and learning rates of the networks up to 0.1 (which
+was chosen nearly always), found +8.6 points [+4.2, +11.1] over distribution matching at one image per class, and +2.6 [-1.7, +5.1] at
+five: undecided. It was made so for speed; this is the width and the batch that the specification asks for, with rates up to 0.3.
 """
 
 from __future__ import annotations
@@ -16,8 +20,10 @@ from limbeck.claims.base import Arm, Check, Claim, Outcome
 from limbeck.claims.datasets import common
 from limbeck.methods.datasets.base import network_factory
 
-NETWORK = "convnet-w16-d3"
+NETWORK = "convnet-w32-d3"
 STEPS = 300
+JUDGES = (0.03, 0.1, 0.3)
+"""Learning rates of the networks to choose from."""
 RATES = [{"lr_images": r} for r in (0.3, 1.0, 3.0)]
 
 
@@ -28,14 +34,16 @@ def claim(data_root: str | None = None) -> Claim:
 
     def matched(method: str, ipc: int, **settings: Any) -> Callable[[Mapping[str, Any], int], Outcome]:
         def train(chosen: Mapping[str, Any], seed: int) -> Outcome:
-            config = {"ipc": ipc, "steps": STEPS, "batch_real": 32, **settings, **chosen}
+            config = {"ipc": ipc, "steps": STEPS, **settings, **chosen}
             made = common.distil(method, on, config, seed, network=NETWORK)
-            return common.worth(made.distilled(), on, factory, seed)
+            return common.worth(made.distilled(), on, factory, seed, rates=JUDGES)
 
         return train
 
     def drawn(ipc: int) -> Callable[[Mapping[str, Any], int], Outcome]:
-        return lambda chosen, seed: common.worth(common.chosen_at_random(on, factory, ipc, seed), on, factory, seed)
+        return lambda chosen, seed: common.worth(
+            common.chosen_at_random(on, factory, ipc, seed), on, factory, seed, rates=JUDGES
+        )
 
     arms, checks = {}, []
     for ipc in (1, 5):
@@ -72,5 +80,5 @@ def claim(data_root: str | None = None) -> Claim:
         data=on.describe(),
         seeds=4,
         note="Small networks on 8x8 images; the paper's image sets were not run.",
-        settings={"steps": STEPS, "network": NETWORK, "batch_real": 32, "rates": common.RATES},
+        settings={"steps": STEPS, "network": NETWORK, "rates": JUDGES},
     )
