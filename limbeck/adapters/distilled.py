@@ -58,7 +58,7 @@ def save_distilled(
         columns["index"] = dataset.index.tolist()
         features["index"] = datasets.Value("int64")
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    with atomic_path(folder / PARQUET) as temporary, _quiet():
+    with atomic_path(folder / PARQUET) as temporary, without_bars():
         table.to_parquet(str(temporary))
     if sheet is not None:
         with atomic_path(folder / SHEET) as temporary:
@@ -82,7 +82,7 @@ def save_distilled(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """No progress bar for a few rows."""
     import datasets
 

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.adapters.distilled import PARQUET, SHEET, without_bars
 from limbeck.core.artifacts import DESCRIPTION
 from limbeck.core.distilled_graphs import DistilledGraphs
 from limbeck.core.errors import InputError, RunError
 from limbeck.core.files import atomic_path, write_json
 from limbeck.core.graphs import Graph, GraphData
-
-PARQUET = "data/train-00000-of-00001.parquet"
-SHEET = "sheet.png"
 
 
 def save_distilled_graphs(
@@ -52,7 +50,7 @@ def save_distilled_graphs(
     rows = [_row(dataset, number) for number in range(len(dataset))]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     table = datasets.Dataset.from_dict(columns, features=datasets.Features({name: kinds[name] for name in columns}))
-    with atomic_path(folder / PARQUET) as temporary:
+    with atomic_path(folder / PARQUET) as temporary, without_bars():
         table.to_parquet(str(temporary))
     if sheet is not None:
         with atomic_path(folder / SHEET) as temporary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -157,8 +157,9 @@ def measure(name: str, higher_is_better: bool | None = None) -> Measure:
         higher_is_better: overrules the direction, or gives it where the name is unknown.
     """
     found = KNOWN.get(name) or Measure(name, name.replace("_", " "))
-    if name.startswith("accuracy on "):
-        found = Measure(name, name, "percent", "higher", "quality")
+    known, _, where = name.partition(" on ")
+    if where and known in KNOWN:  # a measure on one of several networks
+        found = replace(KNOWN[known], name=name, label=f"{KNOWN[known].label} on {where}")
     if higher_is_better is None:
         return found
     return Measure(found.name, found.label, found.kind, "higher" if higher_is_better else "lower", found.group)

@@ -26,6 +26,9 @@ from limbeck.core.progress import StageProgress
 from limbeck.core.seeding import preserved_random_state, seed_everything
 from limbeck.networks.fresh import Factory
 
+MOST_BYTES = 4 << 30
+"""Of a data set that is held in memory."""
+
 
 class JudgingConfig(Config):
     """How the result is judged: networks trained on it from scratch."""
@@ -168,7 +171,7 @@ def judge_datasets(
     return rows
 
 
-def everything(data: Data, most_bytes: int = 4 << 30) -> tuple[Tensor, Tensor]:
+def everything(data: Data, most_bytes: int = MOST_BYTES) -> tuple[Tensor, Tensor]:
     """All inputs (N, ...) and labels (N,) of a data set, unaugmented, in memory.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck.adapters.distilled import save_distilled
+from limbeck.blocks import coresets
 from limbeck.blocks.class_batches import ClassIndex
 from limbeck.blocks.diffaug import OPERATIONS, DiffAug
 from limbeck.blocks.formation import Formation, MultiFormation, identity
 from limbeck.blocks.zca import ZCA
-from limbeck.core.batch import Batch
+from limbeck.core.batch import Batch, first_tensor
 from limbeck.core.data import Data, TensorData, as_data, mix_seed
 from limbeck.core.distilled import DistilledDataset, Kind, real_bytes
 from limbeck.core.errors import InputError
@@ -27,7 +29,7 @@ from limbeck.core.seeding import preserved_random_state
 from limbeck.core.stage import Stage
 from limbeck.networks.fresh import Factory, default_network, factory_of, name_of, network_factory
 from limbeck.tasks.base import Task, TaskConfig, load_task
-from limbeck.tasks.judging_datasets import JudgingConfig, everything, judge_datasets
+from limbeck.tasks.judging_datasets import MOST_BYTES, JudgingConfig, everything, judge_datasets
 from limbeck.tasks.sheets import distilled_sheet
 
 
@@ -167,9 +169,21 @@ class DatasetDistiller(Method):
         if made.soft:
             found = {"distilled, soft labels": made, "distilled, hard labels": hardened(made)}
         found["random, same bytes"] = self.random_selection(made.nbytes)
-        if self.config.judge_whole:
-            found["whole set"] = self.whole_set()
-        return found
+        return {**found, **self.whole_contestant()}
+
+    def whole_contestant(self) -> dict[str, DistilledDataset]:
+        """The whole set, by its name; nothing where it is not asked for, or does not fit into memory (of which there is a warning)."""
+        if not self.config.judge_whole:
+            return {}
+        sample = first_tensor(self.real.fetch(torch.arange(1), None).inputs)
+        size = 0 if sample is None else len(self.real) * sample.numel() * 4
+        if size > MOST_BYTES:
+            warnings.warn(
+                f"the whole set takes {size / 2**30:.0f} GB in memory, so no network is trained on it for comparison",
+                stacklevel=2,
+            )
+            return {}
+        return {"whole set": self.whole_set()}
 
     def random_selection(self, nbytes: int, seed: int = 0) -> DistilledDataset:
         """Real samples, as many of each class, that take no more than ``nbytes`` (at least one of each class)."""
@@ -273,8 +287,10 @@ class ImageDistiller(DatasetDistiller):
         steps: int = Field(300, ge=1, description="updates of the images")
         lr_images: float = Field(1.0, gt=0, description="learning rate of the images (SGD)")
         image_momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the images")
-        init: Literal["real", "noise"] = Field(
-            "real", description="start from random real images of the class, or noise"
+        init: Literal["real", "herding", "noise"] = Field(
+            "real",
+            description="start from real images of the class, drawn at random or (herding) such that their mean is that of the class, "
+            "or from noise",
         )
         diffaug: str = Field(
             "auto",
@@ -319,12 +335,23 @@ class ImageDistiller(DatasetDistiller):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, 23))
         f = self.config.factor
         ids = self.classes.sample(self.config.ipc * f * f, generator)
+        if self.config.init == "herding":
+            ids = torch.stack(
+                [self._representative(label, self.config.ipc * f * f) for label in range(self.num_classes)]
+            )
         real: Tensor = self.real.fetch(ids.flatten(), None).inputs
         if self.config.init == "noise":
             return torch.randn(self.num_classes * self.config.ipc, *real.shape[1:], generator=generator)
         if f == 1:
             return real.clone()
         return tiled(real, f)
+
+    def _representative(self, label: int, count: int) -> Tensor:
+        """Ids of images of one class whose mean is near to that of the class; the same again where it has fewer."""
+        ids = self.classes.ids(label)
+        pixels = self.real.fetch(ids, None).inputs.flatten(1)
+        chosen = ids[coresets.herding(pixels, min(count, len(ids)))]
+        return chosen[torch.arange(count) % len(chosen)]
 
     def present(self) -> tuple[Tensor, Tensor]:
         """All synthetic images and labels as the loss sees them, before augmentation."""

@@ -203,9 +203,7 @@ class RelabelDistiller(DatasetDistiller):
                 "random, teacher's labels": self.relabelled(real),
             }
         found["random, same bytes"] = self.random_selection(next(iter(found.values())).nbytes)
-        if self.config.judge_whole:
-            found["whole set"] = self.whole_set()
-        return found
+        return {**found, **self.whole_contestant()}
 
     def as_random(self, count: int) -> DistilledDataset:
         """``count`` random real images, as many of each class (one at least); classes with fewer repeat theirs."""

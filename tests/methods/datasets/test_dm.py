@@ -98,6 +98,12 @@ def test_starts_from_real_images_of_the_class():
         same = (x == image).flatten(1).all(1)
         assert bool(same.any()) and int(y[same][0]) == int(label)
     assert make(init="noise").images.shape == (6, 1, 8, 8)
+    for label in range(3):  # a representative start is nearer to the class mean than random ones
+        mean = x[y == label].mean(0)
+        near, far = (
+            (m.images.detach()[m.labels == label].mean(0) - mean).norm() for m in (make(init="herding"), method)
+        )
+        assert near < far
     assert torch.equal(make().images, make().images)
 
 
@@ -182,3 +188,10 @@ def test_bad_networks():
 def test_unknown_judges_are_refused_before_distilling():
     with pytest.raises(UnknownNameError, match="unknown network 'nothing'"):
         make(judge_networks=("nothing",))
+
+
+def test_a_whole_set_that_does_not_fit_is_left_out(monkeypatch):
+    monkeypatch.setattr("limbeck.methods.datasets.base.MOST_BYTES", 100)
+    with pytest.warns(UserWarning, match="no network is trained on it"):
+        assert list(make().contestants()) == ["distilled", "random, same bytes"]
+    assert "whole set" not in make(judge_whole=False).contestants()
