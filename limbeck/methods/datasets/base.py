@@ -397,9 +397,19 @@ class ImageDistiller(DatasetDistiller):
             bits=self.config.bits,
             factor=self.config.factor,
             recipe=self.recipe(),
-            extra_bytes=0 if self.zca is None else self.zca.nbytes,
         )
         return made.stored()
+
+    def as_dataset(self, inputs: Tensor, labels: Tensor, **more: Any) -> DistilledDataset:
+        """As in the family; whatever is trained on whitened images needs the whitening, which counts for every contestant."""
+        return super().as_dataset(inputs, labels, **{"extra_bytes": self._whitening_bytes, **more})
+
+    def random_selection(self, nbytes: int, seed: int = 0) -> DistilledDataset:
+        return super().random_selection(nbytes - self._whitening_bytes, seed)
+
+    @property
+    def _whitening_bytes(self) -> int:
+        return 0 if self.zca is None else self.zca.nbytes
 
     def recipe(self) -> dict[str, Any]:
         """What the data set says about training on it."""

@@ -121,6 +121,9 @@ def test_zca_whitens_and_is_paid_for():
     method = make(zca=True)
     plain = make()
     assert method.distilled().nbytes == plain.distilled().nbytes + method.zca.nbytes
+    contestants = method.contestants()  # all are trained on whitened images, so it counts for each of them
+    assert len(contestants["random, same bytes"]) == len(contestants["distilled"])
+    assert contestants["whole set"].nbytes == plain.contestants()["whole set"].nbytes + method.zca.nbytes
     x, _ = method.prepared_test(TensorData(*real()))
     flat = x.flatten(1)
     assert float(flat.mean(0).abs().max()) < 1e-4
