@@ -99,6 +99,7 @@ def fit(
         else:
             folder.begin(asked)
     train, valid, tested = splits
+    made.show_progress = options.progress
     made.check(_sample(train, made))
     made.prepare_run(train, valid, setup)
     worker = Engine(None if folder is None else folder.path, options, seed=mix_seed(seed, 2))

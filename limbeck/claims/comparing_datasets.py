@@ -31,6 +31,7 @@ def measure(cls: Any, task: Any, setup: Mapping[str, Any], config: Mapping[str, 
     began = time.monotonic()
     settings = validate(cls.Config, {k: v for k, v in config.items() if k in cls.Config.model_fields})
     method = cls.on_task(task, validate(cls.Setup, setup), settings, seed=seed, progress=False)
+    method.show_progress = False
     seed_everything(mix_seed(seed, 3))
     method.prepare_run(task.train, task.val, None)
     Engine(None, EngineConfig(progress=False), seed=mix_seed(seed, 2)).run(

@@ -33,6 +33,8 @@ class Method(nn.Module):
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
+    show_progress: bool = True
+    """Whether what takes long outside of stages (preparing a run, judging its result) shows progress."""
 
     class Config(configuration.Config):
         """Hyper-parameters of the method."""

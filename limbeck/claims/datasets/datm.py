@@ -54,7 +54,7 @@ def claim(data_root: str | None = None) -> Claim:
     def labelled(chosen: Mapping[str, Any], seed: int) -> Outcome:
         cls: Any = common.catalogue.get("datm").load()
         made = cls(on.train, factory, ipc=LARGE, seed=mix_seed(seed, 1), rho=0.0, expert_seed=seed, **EXPERTS)
-        made.progress = False
+        made.show_progress = False
         made.prepare_run(on.train, None)
         return common.worth(made.random_with_expert_labels(), on, factory, seed, networks=NETWORKS)
 

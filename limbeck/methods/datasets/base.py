@@ -252,6 +252,7 @@ class DatasetDistiller(Method):
             seed=self.seed,
             augment=self.judge_augmentation(),
             device=self.device,
+            progress=self.show_progress,
         )
         found: dict[str, Any] = {"rows": rows, "share_of_real_bytes": first.share_of(len(self.real))}
         pictures = self.pictures(first)

@@ -95,6 +95,7 @@ class FYI(Method):
         return self.host.stages(train, val, seed=seed)
 
     def prepare_run(self, train: Data, val: Data | None, setup: Any = None) -> None:
+        self.host.show_progress = self.show_progress
         self.host.prepare_run(train, val, setup)
 
     def check(self, batch: Batch) -> None:
@@ -105,6 +106,7 @@ class FYI(Method):
         return self.host.distilled()
 
     def evaluate(self, test: Data, class_names: Any = None) -> dict[str, Any]:
+        self.host.show_progress = self.show_progress
         found = self.host.evaluate(test, class_names)
         return {**found, "left_right_similarity": float(left_right_similarity(self.host.images.detach()).mean())}
 

@@ -421,7 +421,9 @@ class Mirage(DatasetDistiller):
         """Fresh graph networks trained on the items, on random graphs of at least the same bytes, and on all graphs."""
         contestants: dict[str, Any] = dict(self.contestants())
         made = contestants["distilled"]
-        rows = judge_graphs(contestants, self.judge_factories(), as_graphs(test), self.config, seed=self.seed)
+        rows = judge_graphs(
+            contestants, self.judge_factories(), as_graphs(test), self.config, seed=self.seed, progress=self.show_progress
+        )
         return {
             "rows": rows,
             "share_of_real_bytes": made.share_of(self.real),

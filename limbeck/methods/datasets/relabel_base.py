@@ -239,6 +239,7 @@ class RelabelDistiller(DatasetDistiller):
                 seeds=self.config.judge_seeds,
                 seed=self.seed,
                 device=self.device,
+                progress=self.show_progress,
             )
 
     def store(self, folder: Path, images: Tensor) -> Labeler:

@@ -109,7 +109,6 @@ class TrajectoryMatching(ImageDistiller):
         with preserved_random_state():
             self.student = FlatNetwork(self.factory())
         self.step_size = nn.Parameter(torch.tensor(float(self.config.step_size)))
-        self.progress = True
         self.experts: TrajectoryBuffer | None = None
         if experts is not None:
             self.use_experts(experts if isinstance(experts, TrajectoryBuffer) else TrajectoryBuffer.load(experts))
@@ -119,7 +118,7 @@ class TrajectoryMatching(ImageDistiller):
     @classmethod
     def on_task(cls, task: Task, setup: Any, config: Any, *, seed: int = 0, progress: bool = True) -> Self:
         made = super().on_task(task, setup, config, seed=seed, progress=progress)
-        made.progress = progress
+        made.show_progress = progress
         return made
 
     # ---- experts -----------------------------------------------------------------------------------------------------
@@ -179,7 +178,7 @@ class TrajectoryMatching(ImageDistiller):
                 self.expert_config(),
                 seed=self.config.expert_seed,
                 augment=self.augment if self.augment.operations else None,
-                progress=self.progress,
+                progress=self.show_progress,
             )
         )
 
