@@ -95,7 +95,7 @@ def test_it_learns_to_follow_the_experts():
         },
         lr_step=1e-3,
     )
-    method.progress = False
+    method.show_progress = False
     method.prepare_run(method.real, None)
     before = [float(method.losses_at(s).total.detach()) for s in range(100, 120)]
     Engine(None, EngineConfig(progress=False), seed=0).run(method, method.stages())
