@@ -66,6 +66,7 @@ class TrajectoryMatching(ImageDistiller):
     """
 
     class Config(ImageDistiller.Config):
+        steps: int = Field(150, ge=1, description="updates of the images")
         lr_images: float = Field(3.0, gt=0, description="learning rate of the images (SGD)")
         lr_step: float = Field(
             1e-4, ge=0, description="learning rate of the inner loop's step size (SGD, momentum 0.5)"
