@@ -422,7 +422,12 @@ class Mirage(DatasetDistiller):
         contestants: dict[str, Any] = dict(self.contestants())
         made = contestants["distilled"]
         rows = judge_graphs(
-            contestants, self.judge_factories(), as_graphs(test), self.config, seed=self.seed, progress=self.show_progress
+            contestants,
+            self.judge_factories(),
+            as_graphs(test),
+            self.config,
+            seed=self.seed,
+            progress=self.show_progress,
         )
         return {
             "rows": rows,
