@@ -23,7 +23,11 @@ def main() -> None:
     rows = [
         ("a step of `kd` through the engine", "the same step by hand in plain PyTorch", engine_overhead.measure()),
         ("an epoch with the teacher cache", "the same epoch without it", teacher_cache.measure()),
-        (f"an epoch of {experts.EXPERTS} experts together", "the same experts one by one", experts.measure()),
+        (
+            f"an epoch of {experts.EXPERTS} experts together (batches of {experts.BATCH})",
+            "the same experts one by one",
+            experts.measure(),
+        ),
         ("exact gradient through 20 inner steps by the adjoint", "by unrolling", inner_loop.measure_time()),
         ("bytes that its graphs hold, 40 inner steps", "the same with 5", inner_loop.measure_growth()),
         ("a step of `datadam`", "a step of `dm`", matching.measure("dm", matching.ALLOWED_DM)),
