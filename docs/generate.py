@@ -80,7 +80,9 @@ def verdict(name: str) -> str:
         f"| {c['statement']} | {c['mean']:+.4f} | [{c['low']:+.4f}, {c['high']:+.4f}] | {c['verdict']} |"
         for c in found["checks"]
     ]
-    size = f", {found['data']['train']} training samples" if "train" in found["data"] else ""  # several data sets have none
+    size = (
+        f", {found['data']['train']} training samples" if "train" in found["data"] else ""
+    )  # several data sets have none
     where = f"{found['data']['name']}{size}, {len(found['seeds'])} seeds"
     return f"**{found['verdict']}** on {where}.\n\n" + "\n".join(rows) + f"\n\n{found['note']}"
 
