@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from limbeck.blocks.diffaug import DiffAug
 from limbeck.blocks.ensembles import ensemble_gradients, ensemble_logits, networks_at_once
 from limbeck.blocks.flat import FlatNetwork
 from limbeck.blocks.sharpness import gsam_gradient
@@ -159,9 +160,16 @@ class ExpertTraining(Method):
         batch = data.fetch(ids.flatten(), None)
         x = batch.inputs.to(device)
         if self.augment is not None:
-            drawn = [self.augment.draw(size, self._generator(n, step, 59)) for n in range(count)]
+            drawn = [self._draw(size, self._generator(n, step, 59)) for n in range(count)]
             x = self.augment.apply(x, torch.cat(drawn))
         return x.unflatten(0, ids.shape), as_labels(batch.labels).to(device).unflatten(0, ids.shape)
+
+    def _draw(self, size: int, generator: torch.Generator) -> Tensor:
+        """Augmentation of one expert's batch; DiffAug does one operation for the whole of it, as published."""
+        if isinstance(self.augment, DiffAug):
+            return self.augment.draw(size, generator, shared="op")
+        assert self.augment is not None
+        return self.augment.draw(size, generator)
 
     def _generator(self, *numbers: int) -> torch.Generator:
         return torch.Generator().manual_seed(mix_seed(self.seed, *numbers))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from limbeck.blocks import ensembles
+from limbeck.blocks.diffaug import DiffAug
 from limbeck.blocks.trajectories import ABOUT, TrajectoryBuffer
 from limbeck.core.data import MapData, TensorData
 from limbeck.core.engine import Engine, EngineConfig
@@ -212,3 +213,10 @@ def test_large_batches_take_turns_on_a_cpu():
     sample = data().fetch(torch.arange(2), None).inputs
     assert ensembles.networks_at_once(made.network, made.theta, sample, 20) == 3
     assert ensembles.networks_at_once(made.network, made.theta, sample, 2000) == 1
+
+
+def test_an_experts_batch_gets_one_operation():
+    made = ExpertTraining(network, ExpertConfig(experts=2, batch_size=20), augment=DiffAug())
+    draws = [made._draw(20, torch.Generator().manual_seed(n)) for n in range(8)]
+    assert all(len(d[:, 0].unique()) == 1 and len(d.unique(dim=0)) == 20 for d in draws)
+    assert len({int(d[0, 0]) for d in draws}) > 1

@@ -223,7 +223,8 @@ class TrajectoryMatching(ImageDistiller):
             x, y = self.formation(*self.decode(images, self.shown_labels(labels)))
             if self.augment.operations:
                 if step not in drawn:
-                    drawn[step] = self.augment.draw(len(x), self._generator(*numbers, step, 67))
+                    # one operation for the batch, with parameters of each image's own, as published
+                    drawn[step] = self.augment.draw(len(x), self._generator(*numbers, step, 67), shared="op")
                 x = self.augment.apply(x, drawn[step])
             return x, y
 

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import limbeck
 from limbeck import networks
 from limbeck.core.batch import Batch
 from limbeck.core.data import TensorData
+from limbeck.core.engine import Engine, EngineConfig
 from limbeck.core.errors import InputError, UnknownNameError
 from limbeck.methods.datasets import DM
 from tests.helpers import resumed_equals_uninterrupted
@@ -198,3 +201,17 @@ def test_a_whole_set_that_does_not_fit_is_left_out(monkeypatch):
     with pytest.warns(UserWarning, match="no network is trained on it"):
         assert list(make().contestants()) == ["distilled", "random, same bytes"]
     assert "whole set" not in make(judge_whole=False).contestants()
+
+
+def test_groups_of_classes_add_up_to_the_whole_step():
+    fixed = build()
+
+    def stepped(groups):
+        method = make(accumulate=groups, steps=1)
+        method.factory = lambda: copy.deepcopy(fixed)  # the same network for every group
+        Engine(None, EngineConfig(progress=False), seed=1).run(method, method.stages(None, seed=0))
+        return method.images.detach()
+
+    whole, parts = stepped(1), stepped(3)
+    assert not torch.equal(whole, make().images)
+    assert torch.allclose(whole, parts, atol=1e-5)
