@@ -46,6 +46,7 @@ _READERS: dict[str, str | Reader] = {
     "multi-exit": "limbeck.networks.multi_exit:read_exits",
     "dataset": "limbeck.adapters.distilled:read",
     "graph-dataset": "limbeck.adapters.distilled_graphs:read",
+    "sampler": "limbeck.adapters.denoising:read_sampler",
 }
 
 

@@ -18,12 +18,9 @@ Schedule = Literal["constant", "cosine", "linear", "poly", "step"]
 POLY_POWER = 0.9
 
 
-class TrainingConfig(Config):
-    """How a gradient-trained stage is optimised. The same names for every method, so that budgets can be compared."""
+class OptimiserConfig(Config):
+    """An update rule and the course of its learning rate."""
 
-    epochs: float = Field(60, gt=0, description="passes over the training data")
-    steps: int | None = Field(None, ge=1, description="number of updates; overrides epochs")
-    batch_size: int = Field(64, ge=1, description="samples per update, over all processes together")
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="update rule")
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="weight decay (decoupled for adamw)")
@@ -36,6 +33,14 @@ class TrainingConfig(Config):
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of training with a linearly rising rate")
     clip_grad: float | None = Field(None, gt=0, description="largest gradient norm; none: no clipping")
+
+
+class TrainingConfig(OptimiserConfig):
+    """How a gradient-trained stage is optimised. The same names for every method, so that budgets can be compared."""
+
+    epochs: float = Field(60, gt=0, description="passes over the training data")
+    steps: int | None = Field(None, ge=1, description="number of updates; overrides epochs")
+    batch_size: int = Field(64, ge=1, description="samples per update, over all processes together")
     accumulate: int = Field(1, ge=1, description="micro-batches per update; same result, less memory")
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -61,7 +66,7 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def make_optimised(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
-    config: TrainingConfig,
+    config: OptimiserConfig,
     steps: int,
     *,
     lr: float | None = None,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.core.batch import map_tensors
-from limbeck.core.data import mix_seed
+from limbeck.core.batch import Batch, map_tensors
+from limbeck.core.data import Data, mix_seed
 from limbeck.core.errors import InputError, RunError
 from limbeck.diffusion.conditions import Condition, Conditions, take
 from limbeck.diffusion.samplers import Sampler
@@ -118,3 +118,22 @@ class PairStore:
         self.done, self.cond = int(state["done"]), state["cond"]
         if "z" in state:
             self.z, self.x = state["z"].to(self.dtype), state["x"].to(self.dtype)
+
+
+class PairData(Data):
+    """The pairs of a store as a data set: batches of ``{"x0": …, "z": …, "cond": …}``. The store may still be empty when it is made."""
+
+    def __init__(self, pairs: PairStore) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return self.pairs.count
+
+    @property
+    def augmented(self) -> bool:
+        return False
+
+    def fetch(self, index: Tensor, view: int | None) -> Batch:
+        z, x, cond = self.pairs.batch(index)
+        inputs: dict[str, Any] = {"x0": x, "z": z}
+        return Batch(inputs if cond is None else {**inputs, "cond": cond}, index=index, view=view)

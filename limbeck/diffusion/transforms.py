@@ -14,6 +14,7 @@ from torch import Tensor
 from limbeck.diffusion.conditions import Condition
 from limbeck.diffusion.denoisers import Denoiser
 from limbeck.diffusion.predictions import LEAST, convert
+from limbeck.diffusion.samplers import Sampler
 from limbeck.diffusion.schedules import Schedule, expand, precise
 
 
@@ -56,3 +57,20 @@ class InSchedule(Denoiser):
 
     def with_module(self, module: Any, **changes: Any) -> Denoiser:
         return InSchedule(self.inner.with_module(module), changes.get("schedule", self.schedule), self.prediction)
+
+
+def native(sampler: Sampler) -> Sampler:
+    """A sampler whose network is seen through another schedule, as one of the network's own: the same samples from the same noise, up to
+    rounding and the share of signal that pure noise has there. Other samplers are returned as they are.
+
+    Steps of Euler and DDIM become steps of DDIM at the transformed times; other solvers keep their name, and their steps differ.
+    """
+    seen = sampler.denoiser
+    if not isinstance(seen, InSchedule):
+        return sampler
+    own = seen.inner.schedule
+    nsr = seen.schedule.nsr(torch.as_tensor(sampler.times, dtype=torch.float64))
+    times = own.t_from_nsr(nsr).clamp(0, own.t_max)
+    inner = seen.inner.with_module(seen.module)
+    solver = "ddim" if sampler.solver in ("euler", "ddim") else sampler.solver
+    return sampler.replace(denoiser=inner, times=times, solver=solver)
