@@ -110,7 +110,7 @@ def worth(
     fine: Sampler | None = None,
     count: int = COUNT,
     tuned: bool = True,
-    **more: float,
+    more: Mapping[str, float] | None = None,
 ) -> Outcome:
     """A sampler's measures on validation and test samples.
 
@@ -119,4 +119,4 @@ def worth(
         more: further test measures to record.
     """
     val = measures(sampler, on, seed, "val", fine=fine, count=count) if tuned else {}
-    return Outcome(val, {**measures(sampler, on, seed, "test", fine=fine, count=count), **more})
+    return Outcome(val, {**measures(sampler, on, seed, "test", fine=fine, count=count), **(more or {})})

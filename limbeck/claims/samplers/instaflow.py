@@ -34,7 +34,7 @@ def claim(data_root: str | None = None) -> Claim:
 
     def outcome(sampler: Sampler, seed: int, **more: float) -> Outcome:
         fine = Sampler.ode(common.teacher(on), 25, "dpm2m", GUIDANCE)
-        return common.worth(sampler, on, seed, fine=fine, **more)
+        return common.worth(sampler, on, seed, fine=fine, more=more)
 
     def small(**settings: Any) -> Callable[[Mapping[str, Any], int], Outcome]:
         def train(chosen: Mapping[str, Any], seed: int) -> Outcome:
