@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine_overhead, experts, inner_loop, matching, teacher_cache
+from benchmarks import engine_overhead, experts, inner_loop, matching, score_steps, teacher_cache
 
 _HEAD = """# Benchmarks
 
@@ -35,6 +35,19 @@ def main() -> None:
             "a step of `datadam`",
             f"trajectory matching with {matching.INNER} inner steps",
             matching.measure("trajectory", matching.ALLOWED_TRAJECTORY),
+        ),
+        *(
+            (
+                f"a step of `{name}`",
+                "the passes that its equations need, bare",
+                score_steps.measure(score_steps.steps(name), score_steps.ALLOWED_STEP),
+            )
+            for name in ("swiftbrush", "sim")
+        ),
+        (
+            "a sample of a one-step student",
+            "one of its teacher in 25 steps",
+            score_steps.measure(score_steps.sampling(), score_steps.ALLOWED_SAMPLING),
         ),
     ]
     text = _HEAD

@@ -12,7 +12,9 @@ from torch import nn
 from limbeck.core.artifacts import DESCRIPTION, WEIGHTS, load_weights, save_weights
 from limbeck.core.errors import InputError, RunError, UnknownNameError
 from limbeck.core.files import write_json
+from limbeck.diffusion.boundary import ConsistencyDenoiser
 from limbeck.diffusion.denoisers import Denoiser
+from limbeck.diffusion.extra_time import rebuilt
 from limbeck.diffusion.samplers import Sampler
 from limbeck.diffusion.schedules import Schedule, make_schedule
 from limbeck.networks.diffusion_mlp import DiffusionMLP, named_mlp
@@ -79,6 +81,10 @@ def network_spec(module: nn.Module) -> dict[str, Any] | None:
 
 def rebuild_network(spec: dict[str, Any]) -> nn.Module:
     """The network of :func:`network_spec`, with new weights."""
+    if spec.get("inner"):  # a network that is told one more number
+        wrapped = rebuilt(spec, rebuild_network(spec["inner"]))
+        if wrapped is not None:
+            return wrapped
     options = {k: v for k, v in spec.items() if k != "class"}
     if spec["class"] == "DiffusionMLP":
         return DiffusionMLP(**{**options, "shape": tuple(options["shape"])})
@@ -121,6 +127,11 @@ def read_sampler(folder: Path, description: dict[str, Any], *, model: nn.Module 
             sigma_data=conventions["sigma_data"],
             null_cond=None if null is None else torch.tensor(null),
         )
+        form = conventions.get("boundary")
+        if form is not None:
+            denoiser = ConsistencyDenoiser(
+                denoiser, form["form"], sigma_data=form["sigma_data"], timestep_scaling=form["timestep_scaling"]
+            )
         times = torch.tensor(how["times"], dtype=torch.float64)
         return Sampler(denoiser, times, how["kind"], how["solver"], how["guidance"], how["gamma"], how["noise"])
     except KeyError as error:

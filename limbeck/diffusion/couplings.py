@@ -19,7 +19,7 @@ from limbeck.diffusion.denoisers import Denoiser
 from limbeck.diffusion.pairs import PairStore
 from limbeck.diffusion.samplers import Sampler
 from limbeck.diffusion.schedules import expand
-from limbeck.diffusion.solvers import check_times, ddim_step
+from limbeck.diffusion.solvers import check_times
 
 
 class Coupling(Protocol):
@@ -95,9 +95,9 @@ class Annealed:
 
 @torch.no_grad()
 def ode_invert(denoiser: Denoiser, x0: Tensor, times: Tensor, cond: Condition = None) -> Tensor:
-    """The noise (B, ...) that the ODE takes to these samples, by steps of Heun's kind against the grid's direction.
+    """The noise (B, ...) that the ODE takes to these samples, by steps of Heun against the grid's direction.
 
-    Every step predicts at both of its ends and uses the mean of both denoised samples, so that inverting is of second order.
+    The slope in time is finite at both ends of every schedule, so the first step may lead far away from the smallest time.
 
     Args:
         times: (N + 1,) falling, as for sampling; its last time is replaced by the schedule's ``t_min``.
@@ -112,10 +112,8 @@ def ode_invert(denoiser: Denoiser, x0: Tensor, times: Tensor, cond: Condition = 
     first = torch.tensor(rising[0], dtype=torch.float64, device=x0.device)
     x = (expand(schedule.alpha(first), x0) * x0).to(x0.dtype)
     for s, t in itertools.pairwise(rising):
-        here = denoiser.predict(x, s, cond, "x0")
-        ahead = ddim_step(x, here, s, t, schedule)
-        there = denoiser.predict(ahead, t, cond, "x0")
-        x = ddim_step(x, (here + there) / 2, s, t, schedule)
+        slope = denoiser.predict(x, s, cond, "flow")
+        x = x + (t - s) / 2 * (slope + denoiser.predict(x + (t - s) * slope, t, cond, "flow"))
     return x / (rising[-1] if schedule.name == "edm" else schedule.prior_std)
 
 

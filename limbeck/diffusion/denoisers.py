@@ -97,6 +97,8 @@ class Denoiser(nn.Module):
         size = rows(cond)
         if size is not None and size != len(x_t):
             raise InputError(f"{len(x_t)} samples but {size} conditions: they must be as many")
+        if negative is not None and rows(negative) != len(x_t):
+            raise InputError(f"{len(x_t)} samples but {rows(negative)} negative conditions: they must be as many")
         return self.converted(self.guided(x_t, times, cond, guidance, negative), target, x_t, times)
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Condition, guidance: float | Tensor, negative: Condition) -> Tensor:
@@ -187,7 +189,7 @@ class Denoiser(nn.Module):
     @staticmethod
     def times_like(t: Tensor | float, x: Tensor) -> Tensor:
         """Times (B,) on the samples' device; double precision stays."""
-        made = torch.as_tensor(t, device=x.device)
+        made = torch.as_tensor(t, device=x.device, dtype=None if isinstance(t, Tensor) else torch.float64)
         made = made if made.dtype == torch.float64 and x.dtype == torch.float64 else made.float()
         if made.ndim == 0:
             return made.expand(len(x))

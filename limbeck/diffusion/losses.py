@@ -10,7 +10,7 @@ from torch import Tensor
 from limbeck.diffusion.conditions import Condition
 from limbeck.diffusion.denoisers import Denoiser
 from limbeck.diffusion.predictions import convert
-from limbeck.diffusion.schedules import expand
+from limbeck.diffusion.schedules import expand, precise
 
 Weight = Callable[[Tensor], Tensor]
 
@@ -22,7 +22,7 @@ def edm_weight(sigma_data: float) -> Weight:
 
 def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over dimensions, per sample: (B, ...) -> (B,)."""
-    return (prediction - target).float().square().flatten(1).mean(1)
+    return precise(prediction - target).square().flatten(1).mean(1)
 
 
 def denoising_loss(

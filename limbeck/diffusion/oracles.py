@@ -3,6 +3,7 @@ r"""Exact teachers: mixtures of Gaussians and kernel densities, whose denoisers 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,12 @@ class Oracle(Denoiser):
         which = torch.multinomial(network.log_weights.exp(), count, replacement=True, generator=generator)
         noise = torch.randn((count, *network.means.shape[1:]), generator=generator)
         return network.means[which] + network.std * noise, None if network.labels is None else network.labels[which]
+
+    def with_module(self, module: nn.Module, **changes: Any) -> Denoiser:
+        """Another mixture as an exact denoiser; any other network as an ordinary one with the same conventions."""
+        if isinstance(module, MixtureNetwork) and not changes:
+            return Oracle(module)
+        return super().with_module(module, **changes)
 
     def in_schedule(self, schedule: Schedule) -> Oracle:
         """The same mixture for another schedule."""

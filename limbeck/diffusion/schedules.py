@@ -114,11 +114,7 @@ class Schedule:
         Raises:
             InputError: fewer than one step, an unknown spacing, a start outside (0, t_max].
         """
-        start = self.t_max if t_start is None else float(t_start)
-        if steps < 1:
-            raise InputError(f"a grid needs at least one step (got {steps})")
-        if not 0 < start <= self.t_max * (1 + 1e-9):
-            raise InputError(f"sampling with '{self.name}' starts in (0, {self.t_max:g}], not at {start:g}")
+        start = self._start(steps, t_start)
         if spacing == "uniform":
             return torch.linspace(start, 0, steps + 1, dtype=torch.float64)
         if spacing not in ("karras", "nsr"):
@@ -134,9 +130,17 @@ class Schedule:
         grid[0] = start
         return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
 
+    def _start(self, steps: int, t_start: float | None) -> float:
+        start = self.t_max if t_start is None else float(t_start)
+        if steps < 1:
+            raise InputError(f"a grid needs at least one step (got {steps})")
+        if not 0 < start <= self.t_max * (1 + 1e-9):
+            raise InputError(f"sampling with '{self.name}' starts in (0, {self.t_max:g}], not at {start:g}")
+        return start
+
     def _spaced_ends(self, start: float) -> tuple[float, float]:
         """Where a grid in nsr begins and ends: both must be finite and above 0."""
-        return min(start, self.t_max * (1 - 1e-4)), self.t_min
+        return min(start, self.t_max * (1 - 1e-4)), min(self.t_min, start / 2)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schedule) and self.describe() == other.describe()
@@ -188,8 +192,11 @@ class Flow(Schedule):
         return self.time_scale * precise(t)
 
     def times(self, steps: int, spacing: Spacing = "uniform", *, t_start: float | None = None) -> Tensor:
-        grid = super().times(steps, spacing, t_start=t_start)
-        return self.shift * grid / (1 + (self.shift - 1) * grid) if spacing == "uniform" else grid
+        if spacing != "uniform":
+            return super().times(steps, spacing, t_start=t_start)
+        start = self._start(steps, t_start)
+        even = super().times(steps, spacing, t_start=start / (self.shift - (self.shift - 1) * start))
+        return self.shift * even / (1 + (self.shift - 1) * even)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "shift": self.shift, "time_scale": self.time_scale}
@@ -212,7 +219,7 @@ class _Angular(Schedule):
         raise NotImplementedError
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(self.angle(precise(t)))
+        return torch.cos(self.angle(precise(t))).clamp_min(0)  # pi/2 in single precision is a little more than pi/2
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sin(self.angle(precise(t)))
@@ -269,26 +276,29 @@ class VPCosine(_Angular):
         if offset < 0:
             raise InputError(f"the offset of a cosine schedule must be 0 or more (got {offset})")
         self.offset = float(offset)
-        self._first = math.cos(offset / (1 + offset) * math.pi / 2)
+        self._offset_angle = offset / (1 + offset) * math.pi / 2
+        self._first = math.cos(self._offset_angle)
 
     def angle(self, t: Tensor) -> Tensor:
         if self.offset == 0:
             return t * (math.pi / 2)
-        inner = (t + self.offset) / (1 + self.offset) * (math.pi / 2)
-        return torch.arccos((torch.cos(inner) / self._first).clamp(-1, 1))
+        # 1 - cos(angle) = (cos a - cos b)/cos a = 2 sin((a + b)/2) sin((b - a)/2)/cos a, without the cancellation at small t
+        half = t.double() * (math.pi / 4 / (1 + self.offset))
+        lost = 2 * torch.sin(self._offset_angle + half) * torch.sin(half) / self._first
+        return (2 * torch.arcsin((lost / 2).clamp(0, 1).sqrt())).to(t.dtype)
 
     def dangle(self, t: Tensor) -> Tensor:
         if self.offset == 0:
             return torch.full_like(t, math.pi / 2)
-        inner = (t + self.offset) / (1 + self.offset) * (math.pi / 2)
+        inner = self._offset_angle + t.double() * (math.pi / 2 / (1 + self.offset))
         slope = torch.sin(inner) / self._first * (math.pi / 2) / (1 + self.offset)
-        return slope / torch.sqrt((1 - (torch.cos(inner) / self._first) ** 2).clamp_min(1e-12))
+        return (slope / torch.sin(self.angle(t.double())).clamp_min(1e-6)).to(t.dtype)  # infinite at 0 itself
 
     def t_from_angle(self, angle: Tensor) -> Tensor:
         if self.offset == 0:
             return angle * (2 / math.pi)
-        inner = torch.arccos((torch.cos(angle) * self._first).clamp(-1, 1))
-        return inner * (2 / math.pi) * (1 + self.offset) - self.offset
+        inner = torch.arccos((torch.cos(angle.double()) * self._first).clamp(-1, 1))
+        return (inner * (2 / math.pi) * (1 + self.offset) - self.offset).to(angle.dtype)
 
     def to_model_time(self, t: Tensor) -> Tensor:
         return 1000 * precise(t)
@@ -451,16 +461,14 @@ class EDM(Schedule):
         """As for every schedule, but spaced as published (``karras``) unless said otherwise."""
         if spacing != "karras":
             return super().times(steps, spacing, t_start=t_start)
-        start = self.t_max if t_start is None else float(t_start)
-        if steps < 1:
-            raise InputError(f"a grid needs at least one step (got {steps})")
+        start, last = self._spaced_ends(self._start(steps, t_start))
         part = torch.linspace(0, 1, steps, dtype=torch.float64)
         bend = 1 / self.rho
-        grid = (start**bend + part * (self.t_min**bend - start**bend)) ** self.rho
+        grid = (start**bend + part * (last**bend - start**bend)) ** self.rho
         return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
 
     def _spaced_ends(self, start: float) -> tuple[float, float]:
-        return start, self.t_min
+        return start, min(self.t_min, start / 2)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "sigma_min": self.t_min, "sigma_max": self.t_max, "rho": self.rho}

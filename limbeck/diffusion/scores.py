@@ -18,7 +18,7 @@ from torch import Tensor
 from limbeck.core.errors import InputError, UnknownNameError
 from limbeck.diffusion.conditions import Condition
 from limbeck.diffusion.denoisers import Denoiser, params_frozen
-from limbeck.diffusion.schedules import expand
+from limbeck.diffusion.schedules import expand, precise
 
 ScoreWeight = str | Callable[[Tensor], Tensor]
 
@@ -26,10 +26,12 @@ ScoreWeight = str | Callable[[Tensor], Tensor]
 def inject_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     r"""A scalar whose gradient with respect to x (B, ...) is ``gradient / B``: :math:`\frac{1}{2B}\|x - sg(x - g)\|^2`.
 
-    Summed over dimensions, averaged over the batch. The value itself is half the mean squared norm of the gradient.
+    Summed over dimensions, averaged over the batch. The value itself is half the mean squared norm of the gradient. The gradient is exact:
+    it is not found as a difference of x and x - g, in which a small one would be lost.
     """
-    target = (x - gradient).detach()
-    return 0.5 * (x - target).square().sum() / len(x)
+    gradient = gradient.detach()
+    linear = (x * gradient).sum() / len(x)
+    return linear - linear.detach() + 0.5 * precise(gradient).square().sum() / len(x)
 
 
 @torch.no_grad()
@@ -245,13 +247,10 @@ def sim_loss(
     """
     x_t = real.schedule.add_noise(x0, noise, t)
     with params_frozen(fake, real):
-        of_fake = fake.predict(x_t, t, cond, space)
-        of_real = real.predict(x_t, t, cond, space, guidance)
-    kernel = (
-        x0
-        if space == "x0"
-        else -(x_t - expand(real.schedule.alpha(t), x_t) * x0) / expand(real.schedule.sigma(t) ** 2, x_t)
-    )
+        of_fake = precise(fake.predict(x_t, t, cond, space))
+        of_real = precise(real.predict(x_t, t, cond, space, guidance))
+    # -(x_t - alpha x0)/sigma^2, which does not depend on the generator, as x0 moves x_t along
+    kernel = x0 if space == "x0" else -noise / expand(real.schedule.sigma(t), x_t)
     product = (distance.derivative(of_fake - of_real) * (of_fake - kernel)).flatten(1).sum(1)
     return -product if weight is None else -weight(t) * product
 
@@ -277,8 +276,8 @@ def sid_loss(
     """
     x_t = real.schedule.add_noise(x0, noise, t)
     with params_frozen(fake, real):
-        of_fake = fake.predict(x_t, t, cond, "x0")
-        of_real = real.predict(x_t, t, cond, "x0", guidance)
+        of_fake = precise(fake.predict(x_t, t, cond, "x0"))
+        of_real = precise(real.predict(x_t, t, cond, "x0", guidance))
     gap = of_real - of_fake
     product = (gap * ((of_real - x0) - alpha * gap)).flatten(1).sum(1)
     return product / l1_size(x0, of_real.detach())

@@ -63,8 +63,8 @@ def ddim_step(
     Source: "Denoising Diffusion Implicit Models" (2020).
     """
     dtype = torch.float64 if x_t.dtype == torch.float64 else torch.float32
-    t = torch.as_tensor(t, device=x_t.device).to(dtype)
-    s = torch.as_tensor(s, device=x_t.device).to(dtype)
+    t = torch.as_tensor(t, device=x_t.device, dtype=dtype)
+    s = torch.as_tensor(s, device=x_t.device, dtype=dtype)
     alpha_t, sigma_t = expand(schedule.alpha(t), x_t), expand(schedule.sigma(t), x_t)
     alpha_s, sigma_s = expand(schedule.alpha(s), x_t), expand(schedule.sigma(s), x_t)
     eps = (precise(x_t) - alpha_t * precise(x0)) / sigma_t.clamp_min(LEAST)
@@ -194,10 +194,13 @@ def _rk45(
     found = solve_ivp(
         slope, (first, last), x.double().cpu().numpy().reshape(-1), "RK45", wanted, rtol=tolerance, atol=tolerance
     )
+    if not found.success:
+        raise InputError(f"rk45 stopped before t = {last:g}: {found.message}")
     path = torch.from_numpy(found.y.T.copy()).to(x.device, x.dtype).reshape(-1, *x.shape)
     end = path[-1]
     if float(grid[-1]) < last:  # the last bit to clean data, where the velocity need not exist
         end = ddim_step(
             end, denoiser.predict(end, last, cond, "x0", guidance), last, float(grid[-1]), denoiser.schedule
         )
+        path[-1] = end
     return Solution(end, denoiser.evaluations - before, grid, path if record else None)

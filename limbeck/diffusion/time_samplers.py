@@ -134,6 +134,14 @@ class Karras:
     rho: float = 7.0
     tmax_frac: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise InputError(
+                f"sigma_min and sigma_max must be above 0 and rise (got {self.sigma_min} and {self.sigma_max})"
+            )
+        if not 0 < self.tmax_frac <= 1:
+            raise InputError(f"tmax_frac must lie in (0, 1] (got {self.tmax_frac})")
+
     def __call__(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> Tensor:

@@ -53,6 +53,43 @@ def discriminator_bce(discriminator_logits_student: Tensor, discriminator_logits
     return terms.mean()
 
 
+def softplus_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """``softplus(-real) + softplus(fake)``, each averaged over all logits: the non-saturating game's loss of the discriminator.
+
+    2 log 2 for an undecided one. Its gradient also reaches what made the samples, unless they were detached.
+
+    Args:
+        real, fake: logits of any shape; positive means "real".
+
+    Source: "Generative Adversarial Nets" (2014).
+    """
+    return F.softplus(-full_precision(real)).mean() + F.softplus(full_precision(fake)).mean()
+
+
+def softplus_generator(fake: Tensor) -> Tensor:
+    """``softplus(-fake)``, averaged: what the generator minimises in the non-saturating game.
+
+    Source: "Generative Adversarial Nets" (2014).
+    """
+    return F.softplus(-full_precision(fake)).mean()
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """``relu(1 - real) + relu(1 + fake)``, each averaged over all logits; 2 for an undecided discriminator.
+
+    Source: "Geometric GAN" (2017).
+    """
+    return F.relu(1 - full_precision(real)).mean() + F.relu(1 + full_precision(fake)).mean()
+
+
+def hinge_generator(fake: Tensor) -> Tensor:
+    """``-fake``, averaged: the generator's loss beside :func:`hinge_discriminator`.
+
+    Source: "Geometric GAN" (2017).
+    """
+    return -full_precision(fake).mean()
+
+
 class _GradientReversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:

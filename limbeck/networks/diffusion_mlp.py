@@ -33,7 +33,8 @@ class FiLMBlock(nn.Module):
 class DiffusionMLP(nn.Module):
     """``(x (B, *shape), time (B,), class (B,) or None) -> (B, *shape)``.
 
-    Class ids go from 0 to C - 1; C is the null class, and what None means. The last layer starts at zero.
+    The output is what the layers give plus the input times a number that depends on time and class, so that a network that is narrower than a
+    sample need not carry all of its noise. Class ids go from 0 to C - 1; C is the null class, and what None means. Last layers start at zero.
 
     Args:
         shape: of one sample.
@@ -80,8 +81,10 @@ class DiffusionMLP(nn.Module):
         self.blocks = nn.ModuleList(FiLMBlock(width) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.last = nn.Linear(width, size)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.skip = nn.Linear(width, 1)
+        for layer in (self.last, self.skip):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
         """See the class.
@@ -101,7 +104,7 @@ class DiffusionMLP(nn.Module):
         h = self.first(x.flatten(1))
         for block in self.blocks:
             h = block(h, vector)
-        found: Tensor = self.last(F.silu(self.norm(h)))
+        found: Tensor = self.last(F.silu(self.norm(h))) + self.skip(vector) * x.flatten(1)
         return found.view_as(x)
 
     def _class_ids(self, cond: Tensor | None, x: Tensor) -> Tensor:

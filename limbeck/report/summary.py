@@ -33,6 +33,8 @@ def sentence(result: Mapping[str, Any]) -> str:
         return f"{text} from {samples} samples, {percent(share)} of the bytes of the real data" + f" ({others})" * bool(
             others
         )
+    if finite(first.get("nfe")) is not None:  # a sampler: what counts is how often the network is asked
+        return text + _against_evaluations(rows, key)
     size = finite(first.get("parameters"))
     if size is not None:
         text += f" with {human_count(size)} parameters"
@@ -61,6 +63,9 @@ def tiles(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             found.append((shown.text(first[key]), f"{first.get('who', '')} {shown.label}".strip(), beside))
         found += _ratio(first, other, "parameters", "fewer parameters", "more parameters")
         found += _ratio(first, other, "latency", "faster", "slower")
+        if finite(first.get("nfe")) is not None and len(rows) > 1:  # a sampler, beside the many-step teacher
+            found += _ratio(first, rows[-1], "nfe", "fewer network evaluations", "more network evaluations")
+            found += _ratio(first, rows[-1], "seconds_per_sample", "faster", "slower")
     share = finite(result.get(_SHARE))
     if share is not None:
         found.append((percent(share), measure(_SHARE).label, f"{human_count(finite(rows[0].get('samples')))} samples"))
@@ -74,6 +79,22 @@ def tiles(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         steps = sum(int(stage.get("steps", 0)) for stage in (cost.get("stages") or {}).values())
         found.append((human_seconds(cost["seconds"]), "training time", f"{steps:,} steps"))
     return found
+
+
+def _against_evaluations(rows: list[Mapping[str, Any]], key: str) -> str:
+    """How many evaluations a sampler takes, beside the others."""
+    shown = measure(key)
+    own = finite(rows[0]["nfe"]) or 0.0
+    text = f" in {_evaluations(own)}"
+    others = [
+        f"{row.get('who')}: {shown.text(row.get(key))} in {_evaluations(finite(row.get('nfe')) or 0.0)}"
+        for row in rows[1:]
+    ]
+    return text + f" ({'; '.join(others)})" * bool(others)
+
+
+def _evaluations(count: float) -> str:
+    return f"{count:.0f} network evaluation{'s' * (count != 1)}"
 
 
 def _headline(row: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from limbeck.core.errors import InputError
-from limbeck.losses.adversarial import discriminator_bce, gradient_reversal
+from limbeck.losses.adversarial import (
+    discriminator_bce,
+    gradient_reversal,
+    hinge_discriminator,
+    hinge_generator,
+    softplus_discriminator,
+    softplus_generator,
+)
 
 
 def test_gradient_reversal_is_the_identity_forwards_and_turns_gradients_round():
@@ -54,3 +61,24 @@ def test_discriminator_bce_at_its_landmarks():
 def test_discriminator_bce_names_the_bad_shape(shape: tuple[int, ...]):
     with pytest.raises(InputError, match="teacher must be"):
         discriminator_bce(torch.zeros(4, 2), torch.zeros(shape))
+
+
+def test_softplus_game_against_binary_cross_entropy():
+    g = torch.Generator().manual_seed(1)
+    real, fake = (torch.randn(6, 3, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ones, zeros = torch.ones_like(real), torch.zeros_like(real)
+    bce = F.binary_cross_entropy_with_logits
+    torch.testing.assert_close(softplus_discriminator(real, fake), bce(real, ones) + bce(fake, zeros))
+    torch.testing.assert_close(softplus_generator(fake), bce(fake, ones))
+    assert softplus_discriminator(zeros, zeros).item() == pytest.approx(2 * math.log(2))
+    (slope,) = torch.autograd.grad(softplus_generator(fake), fake)
+    assert bool((slope < 0).all())  # a larger logit is always better for the generator
+
+
+def test_hinge_game_by_hand():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert hinge_discriminator(real, fake).item() == pytest.approx((0 + 0.5) / 2 + (0 + 1) / 2)
+    assert hinge_generator(fake).item() == pytest.approx(1.5)
+    sure = torch.tensor([5.0], requires_grad=True)
+    (slope,) = torch.autograd.grad(hinge_discriminator(sure, -sure.detach()), sure)
+    assert slope.item() == 0  # beyond the margin nothing pulls

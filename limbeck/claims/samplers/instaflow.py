@@ -5,7 +5,12 @@ with random weights. Both get 2,400 updates: 1,600 of reflow and 800 of distilla
 rates by the Fréchet distance in a classifier's features to validation digits. The distance to *data* counts; that to the teacher's own ends favours direct
 distillation by construction, and is recorded.
 
-With a student of the teacher's size direct distillation is easy; there the check is what reflow alone does for one step.
+Two controls separate the map from the network that learns to straighten it: with 800 updates the same small student is distilled from the teacher's
+pairs, and from those of a straightened flow of the teacher's size. With a student of that size direct distillation is easy; there the
+check is what reflow alone does for one step.
+
+Three pilots on validation digits (widths 16, 32 and 48, one seed) showed direct distillation ahead before the claim was measured; the width stayed at the 48 that was
+planned.
 """
 
 from __future__ import annotations
@@ -50,6 +55,19 @@ def claim(data_root: str | None = None) -> Claim:
         again = coupling(made.flow_sampler(25), made, seed)
         return outcome(Sampler.one_step(made.averaged), seed, transport=again)
 
+    def easy(chosen: Mapping[str, Any], seed: int) -> Outcome:
+        config = {
+            "pairs": PAIRS,
+            "direct": True,
+            "steps": 1,
+            "distil_steps": S - 1,
+            "teacher_solver": "euler",
+            **chosen,
+        }
+        source = straightened(seed).averaged
+        made = common.build("instaflow", on, source, seed, config, common.fresh(on, "flow", STUDENT, seed))
+        return outcome(common.run(made, on, seed).sampler(), seed)
+
     def untouched(chosen: Mapping[str, Any], seed: int) -> Outcome:
         made = straightened(seed)
         before = coupling(Sampler.ode(made.teacher, 25, "dpm2m", GUIDANCE), made, seed)
@@ -61,6 +79,15 @@ def claim(data_root: str | None = None) -> Claim:
             "reflow, then distil": Arm("method", "1,600 updates of reflow, 800 of distillation", small(), RATES),
             "direct": Arm("baseline", "2,400 updates of distilling the teacher's own pairs", small(direct=True), RATES),
             "not guided": Arm("control", "reflow, then distil, from pairs without guidance", small(guidance=1.0)),
+            "straight map, short": Arm(
+                "control", "800 updates of distilling a straightened flow of the teacher's size", easy, RATES[1:]
+            ),
+            "teacher's map, short": Arm(
+                "control",
+                "800 updates of distilling the teacher's own pairs",
+                small(direct=True, steps=1, distil_steps=S - 1),
+                RATES[1:],
+            ),
             "reflow, teacher's size": Arm(
                 "control", "2,000 updates of reflow from the teacher's weights, sampled in one step", reflow
             ),
@@ -81,6 +108,14 @@ def claim(data_root: str | None = None) -> Claim:
                 "teacher, one step",
                 "log_frechet_features",
                 margin=math.log(10),
+                higher_is_better=False,
+                headline=False,
+            ),
+            Check(
+                "with as few updates, a straightened map is learned better than the teacher's",
+                "straight map, short",
+                "teacher's map, short",
+                "log_frechet_features",
                 higher_is_better=False,
                 headline=False,
             ),
@@ -111,7 +146,10 @@ def claim(data_root: str | None = None) -> Claim:
         data=on.describe(),
         seeds=5,
         select="-log_frechet_features",
-        note="Small networks on 8x8 images. The text-to-image scale of the paper was not run.",
+        note=(
+            "A small student's straightened flow is itself worse than the teacher, which bounds what is distilled from it; in the paper both have the "
+            "teacher's size. Small networks on 8x8 images; the text-to-image scale of the paper was not run."
+        ),
         settings={
             "student": STUDENT,
             "updates": 3 * S,

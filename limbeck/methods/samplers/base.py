@@ -64,7 +64,7 @@ class SamplerDistiller(Method):
         lr: float = Field(5e-4, gt=0, description="peak learning rate of the student")
         weight_decay: float = Field(0.0, ge=0, description="weight decay (decoupled for adamw)")
         clip_grad: float | None = Field(1.0, gt=0, description="largest gradient norm; none: no clipping")
-        ema: float = Field(0.99, ge=0, le=1, description="decay of the average of the student's weights")
+        ema: float = Field(0.99, ge=0, le=1, description="decay of the average of the student's weights; its memory grows to that from short ones")
         guidance: float = Field(1.0, ge=0, description="guidance weight w of the teacher; 1 is none")
         teacher_nfe: int = Field(25, ge=1, description="steps of the many-step teacher, for pairs and for comparison")
         teacher_solver: Literal["ddim", "euler", "heun", "dpm2m"] = Field("dpm2m", description="its solver")
@@ -104,7 +104,7 @@ class SamplerDistiller(Method):
         self.teacher: Denoiser
         self.add_frozen("teacher", denoiser)
         self.student = student.train().requires_grad_(True)
-        self.ema = EMA(self.student.module, self.config.ema)
+        self.ema = EMA(self.student.module, self.config.ema, warmup=True)
         self.on: GenerationTask | None = None
         """The task that results are judged on, if there is one."""
 
@@ -262,7 +262,11 @@ class SamplerDistiller(Method):
         Raises:
             InputError: it fails or is not finite.
         """
-        _, cond = self.unpack(batch)
+        inputs = batch.inputs
+        if self.needs_images and isinstance(inputs, Mapping) and "x0" not in inputs:  # the teacher will make samples
+            cond = inputs.get("cond")
+        else:
+            _, cond = self.unpack(batch)
         first = map_tensors(cond, lambda value: value[:2].to(self.device))
         count = 2 if cond is None else len(next(iter(first.values())) if isinstance(first, Mapping) else first)
         with torch.no_grad(), preserved_random_state():
@@ -319,7 +323,7 @@ class SamplerDistiller(Method):
         if self.pipeline is None:
             save_sampler(native(self.sampler()), folder, description)
             return
-        from limbeck.adapters.diffusers_saving import save_student
+        from limbeck.adapters.diffusers_students import save_student
 
         save_student(folder, self.pipeline, native(self.sampler()), description)
 

@@ -14,6 +14,7 @@ from limbeck.blocks.lora import LoRA
 from limbeck.core.batch import map_tensors
 from limbeck.diffusion.conditions import Condition
 from limbeck.diffusion.denoisers import Denoiser
+from limbeck.diffusion.extra_time import TargetTime
 from limbeck.diffusion.schedules import expand
 from limbeck.diffusion.solvers import ddim_step
 from limbeck.methods.samplers.base import SamplerDistiller
@@ -44,7 +45,7 @@ class ConsistencyBase(SamplerDistiller):
         if self.config.lora_rank:
             network = self.student.module.requires_grad_(False)
             self.student = self.student.with_module(LoRA(network, self.config.lora_rank, self.config.lora_alpha))
-        self.ema = EMA(self.student.module, self.config.ema)
+        self.ema = EMA(self.student.module, self.config.ema, warmup=True)
         self.target = EMA(self.student.module, self.config.target_ema)
 
     def dress_student(self) -> None:
@@ -61,6 +62,7 @@ class ConsistencyBase(SamplerDistiller):
         """Both averages start again from the student."""
         self.target.update(self.student.module, decay=0.0)
         self.ema.update(self.student.module, decay=0.0)
+        self.ema.updates = 0
 
     def follow(self, step: int) -> None:
         super().follow(step)
@@ -104,6 +106,28 @@ def inner_network(module: nn.Module) -> nn.Module:
 def plain_network(module: nn.Module) -> nn.Module:
     """The network with its adapters in its weights: itself where it has none, else a copy."""
     return module.merged() if isinstance(module, LoRA) else module
+
+
+class Aimed(nn.Module):
+    """A network with a :class:`TargetTime` somewhere inside, that aims at the next of some falling times."""
+
+    def __init__(self, network: nn.Module, inner: TargetTime, times: Tensor) -> None:
+        super().__init__()
+        self.network, self._aims = network, [inner.on_grid(times)]
+        self._inner = [inner]
+
+    def forward(self, x: Tensor, model_time: Tensor, cond: Any = None) -> Tensor:
+        with self._inner[0].told(self._aims[0].default(model_time)):
+            found: Tensor = self.network(x, model_time, cond)
+        return found
+
+
+def on_grid(network: nn.Module, times: Tensor) -> nn.Module:
+    """The network for sampling at falling times: one that is told where jumps end aims at the next of them; others as they are."""
+    inner = inner_network(network)
+    if not isinstance(inner, TargetTime):
+        return network
+    return network.on_grid(times) if isinstance(network, TargetTime) else Aimed(network, inner, times)
 
 
 def adapted_copy(denoiser: Denoiser, rank: int, alpha: float | None = None) -> Denoiser:

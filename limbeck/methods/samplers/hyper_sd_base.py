@@ -226,10 +226,10 @@ class SegmentedConsistency(ConsistencyBase):
         jump = self.draw(x0, cond)
         return self.jump_losses(jump, self.leap(jump), self.aim(jump))
 
-    def jump_losses(self, jump: Jump, made: Tensor, wanted: Tensor) -> Losses:
+    def jump_losses(self, jump: Jump, made: Tensor, wanted: Tensor, *, adversarial: bool = True) -> Losses:
         """Squared error, mean over dimensions, and what the discriminator says."""
         losses = Losses(mse=(self.stage_weight(self.config.mse_weights), (made - wanted).float().square().mean()))
-        if self.adversarial_weight > 0:
+        if adversarial and self.adversarial_weight > 0:
             assert self.discriminator is not None
             with params_frozen(self.discriminator):
                 if self.config.adversary == "pair":
@@ -315,19 +315,21 @@ class SegmentedConsistency(ConsistencyBase):
         return made
 
     def segment_update(self, batch: Batch | None, stepper: Stepper) -> Mapping[str, Tensor]:
-        """One step of the student, and one of the adversary; with ``levels`` they take turns once the adversary counts."""
+        """One step of the student, and one of the adversary. With ``levels`` they take turns: the adversary learns at even steps, its
+        opinion counts for the student at odd ones; the squared error counts at all (there the published code leaves the student alone)."""
         assert batch is not None
         x0, cond = self.unpack(batch)
         assert x0 is not None
         jump = self.draw(x0, cond)
         wanted, made = self.aim(jump), self.leap(jump)
-        losses = self.jump_losses(jump, made, wanted)
+        alternate = self.config.adversary == "levels" and self.adversarial_weight > 0
+        learns = self.adversarial_weight > 0 and not (alternate and stepper.step % 2)
+        losses = self.jump_losses(jump, made, wanted, adversarial=not (alternate and learns))
         logged = losses.logged()
         stepper.minimise(losses, "student")
-        if self.adversarial_weight > 0:
-            turn = self.config.adversary == "pair" or stepper.step % 2 == 0
+        if learns:
             found = self.discriminator_losses(jump, made, wanted)
-            if turn:
-                stepper.minimise(found, "discriminator")
-            logged = {**logged, **{k: v for k, v in found.logged().items() if k != "loss"}}
+            stepper.minimise(found, "discriminator")
+            if not alternate:
+                logged = {**logged, **{k: v for k, v in found.logged().items() if k != "loss"}}
         return logged

@@ -1,0 +1,119 @@
+"""Samplers from the command line: a run and its report, pipelines of diffusers, and mistakes that get one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import limbeck
+from limbeck.cli import main
+
+torch.set_num_threads(1)
+FEW = [
+    "--teacher-steps",
+    "40",
+    "--teacher-network",
+    "mlp-w16-b1",
+    "--judge-count",
+    "40",
+    "--teacher-nfe",
+    "4",
+    "--batch-size",
+    "16",
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    from limbeck.tasks import teachers
+
+    monkeypatch.setattr(teachers, "MIN_STEPS", 10)
+
+
+def test_a_run_reports_at_equal_noise_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    few = [*FEW, "--pairs", "32", "--steps", "4", "--distil-steps", "4"]
+    assert main(["run", "instaflow", "--task", "ring", *few, "--out", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "teacher, 1 step" in said and "in 1 network evaluation (" in said and "modes" in said
+    page = (folder / "report.html").read_text()
+    assert "data:image/png;base64," in page and "fewer network evaluations" in page
+    assert main(["resume", str(folder)]) == 0
+    made = limbeck.load(folder).content
+    assert made.sample(torch.randn(3, 2), torch.tensor([0, 1, 2])).nfe == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--noise-schedule", "cosine"], "unknown noise schedule 'cosine'"),
+        (["--predicts", "v"], "the prediction 'v' needs alpha^2 + sigma^2 = 1"),
+        (["--teacher", "no/such/folder/at-all"], "no/such/folder/at-all"),
+        (["--teacher-network", "cnn-w8"], "unknown denoising network 'cnn-w8'"),
+        (["--task", "wine"], "holds no images to generate"),
+        (["--prompts", "x.txt"], "--prompts goes with a teacher from text"),
+        (["--flow-guidance", "-1"], "--flow-guidance must be"),
+    ],
+)
+def test_mistakes_get_one_line(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    assert main(["run", "instaflow", *FEW, *flags, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1
+
+
+def pipeline_folder(tmp_path: Path) -> Path:
+    pytest.importorskip("diffusers")
+    from tests.adapters import tiny_pipelines
+
+    torch.manual_seed(0)
+    folder = tmp_path / "pipeline"
+    tiny_pipelines.stable_diffusion(tmp_path).save_pretrained(folder)
+    return folder
+
+
+SETTINGS = {
+    "instaflow": ["--steps", "2", "--distil-steps", "2", "--pairs", "4"],
+    "swiftbrush": ["--steps", "2", "--rank", "2"],
+    "sim": ["--steps", "2"],
+    "hyper-sd": [],
+    "agd": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["instaflow", "swiftbrush", "sim"])
+def test_a_pipeline_from_text_comes_back_as_one(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    source = pipeline_folder(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\na blue dog\na small house\n")
+    folder = tmp_path / "run"
+    flags = [
+        "--teacher",
+        str(source),
+        "--prompts",
+        str(prompts),
+        "--batch-size",
+        "2",
+        "--teacher-nfe",
+        "2",
+        "--judge-count",
+        "10",
+    ]
+    assert main(["run", method, *flags, *SETTINGS[method], "--out", str(folder)]) == 0, capsys.readouterr().err
+    from diffusers import DiffusionPipeline
+
+    again = DiffusionPipeline.from_pretrained(folder / "artifact")
+    again.set_progress_bar_config(disable=True)
+    picture = again("a red cat", num_inference_steps=1, guidance_scale=1.0, output_type="np").images[0]
+    assert picture.shape[-1] == 3 and bool(torch.isfinite(torch.from_numpy(picture)).all())
