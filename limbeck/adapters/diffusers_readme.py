@@ -169,14 +169,14 @@ def _classes(network: DiffusersNetwork) -> bool:
 
 def _asking(teacher: Teacher, network: DiffusersNetwork) -> tuple[str, list[str], list[str]]:
     """The function's argument, the code that makes a condition of it, and the code that asks the network."""
-    sign = network.channels
+    kept = network.channels
     height, width = teacher.image_size
     if isinstance(network, UNet2D | DiT):
         call = "x, timestep=times" if isinstance(network, DiT) else "x, times"
         if not network.parts:
-            return "", [], ["def predict(x, times):", f"    return network({call}).sample[:, :{sign}]"]
+            return "", [], ["def predict(x, times):", f"    return network({call}).sample[:, :{kept}]"]
         conditions = ["def conditions(labels):", '    return {"class_labels": labels}', "", ""]
-        return "labels, ", conditions, _predict(f"network({call}, **cond).sample[:, :{sign}]")
+        return "labels, ", conditions, _predict(f"network({call}, **cond).sample[:, :{kept}]")
     start = ["@torch.no_grad()", "def conditions(prompts):"]
     end = ["", ""]
     if isinstance(network, UNet2DConditional):
@@ -191,7 +191,7 @@ def _asking(teacher: Teacher, network: DiffusersNetwork) -> tuple[str, list[str]
                 f"    sizes = torch.tensor([[{height}.0, {width}.0, 0.0, 0.0, {height}.0, {width}.0]]).to(text).repeat(len(prompts), 1)",
                 '    return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}',
             ]
-        return "prompts, ", [*start, *body, *end], _predict(f"network(x, times, **cond).sample[:, :{sign}]")
+        return "prompts, ", [*start, *body, *end], _predict(f"network(x, times, **cond).sample[:, :{kept}]")
     if isinstance(network, PixArt):
         sizes = ['    sizes = {"resolution": None, "aspect_ratio": None}']
         if network.sized:
@@ -204,13 +204,13 @@ def _asking(teacher: Teacher, network: DiffusersNetwork) -> tuple[str, list[str]
             *sizes,
             '    return {"encoder_hidden_states": text, "encoder_attention_mask": mask, "added_cond_kwargs": sizes}',
         ]
-        return "prompts, ", [*start, *body, *end], _predict(f"network(x, timestep=times, **cond).sample[:, :{sign}]")
+        return "prompts, ", [*start, *body, *end], _predict(f"network(x, timestep=times, **cond).sample[:, :{kept}]")
     if isinstance(network, SD3):
         body = [
             "    text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)",
             '    return {"encoder_hidden_states": text, "pooled_projections": pooled}',
         ]
-        return "prompts, ", [*start, *body, *end], _predict(f"network(x, timestep=times, **cond).sample[:, :{sign}]")
+        return "prompts, ", [*start, *body, *end], _predict(f"network(x, timestep=times, **cond).sample[:, :{kept}]")
     assert isinstance(network, Flux)
     guidance = (
         f', "guidance": torch.full((len(text),), {network.embedded_guidance!r})'
@@ -230,7 +230,7 @@ def _asking(teacher: Teacher, network: DiffusersNetwork) -> tuple[str, list[str]
         "    factor = pipe.vae_scale_factor",
         "    return pipe._unpack_latents(found, height * factor, width * factor, factor)",
     ]
-    return "prompts, ", [*start, *body, *end], ["", *predict][1:]
+    return "prompts, ", [*start, *body, *end], predict
 
 
 def _predict(expression: str) -> list[str]:

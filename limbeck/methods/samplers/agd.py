@@ -31,7 +31,7 @@ from limbeck.diffusion.trajectories import (
     record_diffused,
     record_guided,
 )
-from limbeck.methods.samplers.base import SamplerDistiller, _shape
+from limbeck.methods.samplers.base import SamplerDistiller, sample_shape
 from limbeck.metrics.cost import count_parameters
 
 CHUNK = 256
@@ -162,7 +162,7 @@ class AGD(SamplerDistiller):
             listed = Conditions.of(conditions)
             if listed.values is None:
                 raise InputError("agd needs conditions to guide towards: class ids or embeddings")
-            student = guided_student(denoiser, listed, _shape(shape, teacher, denoiser), settings)
+            student = guided_student(denoiser, listed, sample_shape(shape, teacher, denoiser), settings)
         super().__init__(teacher, conditions, student, settings, shape=shape, seed=seed)
 
     # ---- 1. trajectories ---------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class SamplerDistiller(Method):
                 "Denoiser(network, schedule, prediction)"
             )
         self.seed = seed
-        self.shape = _shape(shape, teacher, denoiser)
+        self.shape = sample_shape(shape, teacher, denoiser)
         self.conditions = Conditions.of(conditions)
         if student is None:
             student = deepcopy(denoiser)
@@ -348,7 +348,7 @@ def _has_samples(data: Data) -> bool:
     return isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim > 1
 
 
-def _shape(shape: Sequence[int] | None, teacher: Any, denoiser: Denoiser) -> tuple[int, ...]:
+def sample_shape(shape: Sequence[int] | None, teacher: Any, denoiser: Denoiser) -> tuple[int, ...]:
     found = shape or getattr(teacher, "shape", None) or getattr(denoiser.module, "shape", None)
     means = getattr(denoiser.module, "means", None)  # of an exact mixture
     if found is None and isinstance(means, Tensor):

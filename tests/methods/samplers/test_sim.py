@@ -275,7 +275,7 @@ def test_settings_and_presets():
     assert make(divergence="sid").distance is None and make(divergence="lp").distance == Lp(1.5)
     own = SIM(teacher(), labels(), distance=Lp(2.5), divergence="l2")
     assert own.distance == Lp(2.5)
-    paper, sid = SIM.Config.preset("paper"), SIM.Config.preset("sid")
+    paper, sid = SIM.Config.make("paper"), SIM.Config.make("sid")
     assert paper.betas == (0.0, 0.999) and paper.lr == paper.lr_fake == 1e-5 and paper.t_high == 0.8
     assert paper.ema == pytest.approx(0.5 ** (256 / 500_000), abs=1e-5) and paper.t_init == 2.5
     assert sid.divergence == "sid" and sid.sid_alpha == 1.2
