@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,37 +84,73 @@ SETTINGS = {
     "instaflow": ["--steps", "2", "--distil-steps", "2", "--pairs", "4"],
     "swiftbrush": ["--steps", "2", "--rank", "2"],
     "sim": ["--steps", "2"],
-    "hyper-sd": [],
-    "agd": [],
+    "hyper-sd": [
+        "--steps",
+        "4",
+        "--segments",
+        "2",
+        "1",
+        "--points",
+        "4",
+        "--lora-rank",
+        "2",
+        "--pairs",
+        "4",
+        "--adversary",
+        "none",
+    ],
+    "agd": ["--steps", "2", "--trajectories", "2"],
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["instaflow", "swiftbrush", "sim"])
-def test_a_pipeline_from_text_comes_back_as_one(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
-    source = pipeline_folder(tmp_path)
+def run_on_pipeline(method: str, source: Path, tmp_path: Path) -> Path:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\na blue dog\na small house\n")
     folder = tmp_path / "run"
-    flags = [
-        "--teacher",
-        str(source),
-        "--prompts",
-        str(prompts),
-        "--batch-size",
-        "2",
-        "--teacher-nfe",
-        "2",
-        "--judge-count",
-        "10",
-    ]
-    assert main(["run", method, *flags, *SETTINGS[method], "--out", str(folder)]) == 0, capsys.readouterr().err
+    flags = ["--teacher", str(source), "--prompts", str(prompts), "--batch-size", "2", "--teacher-nfe", "2"]
+    assert main(["run", method, *flags, "--judge-count", "10", *SETTINGS[method], "--out", str(folder)]) == 0
+    return folder
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["instaflow", "swiftbrush", "sim", "hyper-sd"])
+def test_a_pipeline_from_text_comes_back_as_one(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    folder = run_on_pipeline(method, pipeline_folder(tmp_path), tmp_path)
     from diffusers import DiffusionPipeline
 
-    again = DiffusionPipeline.from_pretrained(folder / "artifact")
-    again.set_progress_bar_config(disable=True)
-    picture = again("a red cat", num_inference_steps=1, guidance_scale=1.0, output_type="np").images[0]
-    assert picture.shape[-1] == 3 and bool(torch.isfinite(torch.from_numpy(picture)).all())
+    again = quiet(DiffusionPipeline.from_pretrained(folder / "artifact"))
+    z = torch.randn(1, *limbeck.load(folder).content.teacher.shape)
+    asked: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "latents": z, "output_type": "latent"}
+    found = again("a red cat", **asked).images
+    student = limbeck.load(folder).content
+    wanted = student.sampler.sample(z, student.teacher.encode_prompts(["a red cat"])).x
+    assert torch.allclose(found, wanted, atol=1e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.slow
+def test_adapters_guide_a_pipeline_that_diffusers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    source = pipeline_folder(tmp_path)
+    folder = run_on_pipeline("agd", source, tmp_path)
+    from diffusers import DiffusionPipeline
+
+    from limbeck.blocks.guidance_injection import listen
+
+    adapters = limbeck.load(folder).content
+    for parameter in adapters.parameters():  # two updates hardly move them
+        torch.nn.init.normal_(parameter, std=0.5) if parameter.ndim > 1 else None
+    pipeline = quiet(DiffusionPipeline.from_pretrained(source))
+    asked: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+    latents = torch.randn(1, pipeline.unet.config.in_channels, 8, 8)
+    alone = pipeline("a red cat", latents=latents, **asked).images
+    stop = listen(pipeline.unet, adapters, guidance=4.0)
+    guided = pipeline("a red cat", latents=latents, **asked).images
+    stop()
+    assert not torch.allclose(alone, guided) and bool(torch.isfinite(guided).all())
+    assert torch.equal(alone, pipeline("a red cat", latents=latents, **asked).images)

@@ -224,8 +224,8 @@ def jump_cost_matrix(
     if isinstance(cost, str):
         found = _squared(x.flatten(1), clean.flatten(1), noise.flatten(1), alpha, sigma) / x.shape[1]
     else:
-        parts = [v.to(states.dtype) for v in (x, clean, noise)]
-        found = _measured(*parts, alpha, sigma, cost, chunk)
+        kind = states.dtype
+        found = _measured(x.to(kind), clean.to(kind), noise.to(kind), alpha, sigma, cost, chunk)
     size = len(anchors)
     full = torch.full((size, size), torch.inf, dtype=torch.float64)
     full[:-1] = found.cpu()

@@ -114,11 +114,11 @@ def claim(data_root: str | None = None) -> Claim:
                 headline=False,
             ),
             Check(
-                "in one step they are at a tenth of the teacher's distance to data, or nearer",
+                "in one step they are at half of the teacher's distance to data, or nearer",
                 "progressive, 1",
                 "teacher, 1",
                 "log_frechet_features",
-                margin=math.log(10),
+                margin=math.log(2),
                 higher_is_better=False,
                 headline=False,
             ),

@@ -92,6 +92,9 @@ class HyperSD(FeedbackBase):
         lr_fake: float = Field(5e-4, gt=0, description="learning rate of the fake score network")
         fake_updates: int = Field(1, ge=1, description="its updates for each of the student's")
         dmd: float = Field(1.0, ge=0, description="weight of the distribution-matching gradient")
+        segment_weight: float = Field(
+            4.0, ge=0, description="weight of the segments' loss beside that of one step, times the last stage's weights"
+        )
         regression: float = Field(
             0.25, ge=0, description="weight of the squared error to few-step samples from the same noise"
         )
@@ -204,7 +207,7 @@ class HyperSD(FeedbackBase):
                 jump = self.draw(x0[ones:], map_tensors(cond, lambda v: v[ones:]))
                 wanted, leapt = self.aim(jump), self.leap(jump)
                 for name, value in self.jump_losses(jump, leapt, wanted).items():
-                    losses.add(name, value, self.jump_weight(name))
+                    losses.add(name, value, float(self.config.segment_weight) * self.jump_weight(name))
             logged = losses.logged()
             stepper.minimise(losses, "student")
             if ones < len(x0) and self.adversarial_weight > 0:
