@@ -264,7 +264,7 @@ def _compare(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     parser.add_argument("--steps", type=int, help="updates for every method (default: the first method's own number)")
-    parser.add_argument("--metric", default="accuracy", help="measure to compare (default: accuracy)")
+    parser.add_argument("--metric", help="measure to compare (default: accuracy; of samplers a Fréchet distance)")
     parser.add_argument("--out", type=Path, help="folder (default: runs/compare-TASK-N)")
     options, unknown = parser.parse_known_args(arguments)
     from limbeck.claims.compare import compare, comparison_setup

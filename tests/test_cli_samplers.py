@@ -28,9 +28,10 @@ FEW = [
 
 @pytest.fixture(autouse=True)
 def _small_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    from limbeck.tasks import teachers
+    from limbeck.tasks import generation, teachers
 
     monkeypatch.setattr(teachers, "MIN_STEPS", 10)
+    monkeypatch.setitem(generation.PLANE, "test", 100)
 
 
 def test_a_run_reports_at_equal_noise_and_goes_on(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import catalogue
-from limbeck.claims import comparing_datasets
+from limbeck.claims import comparing_datasets, comparing_samplers
 from limbeck.claims.statistics import paired_difference
 from limbeck.core.config import validate
 from limbeck.core.data import mix_seed
@@ -20,7 +20,9 @@ from limbeck.core.files import explained, write_json
 from limbeck.flags import add_flags, given, parse_strictly
 from limbeck.tasks.base import TaskConfig, load_task
 
-LOWER_IS_BETTER = ("nll", "brier", "ece", "adaptive_ece")
+LOWER_IS_BETTER = ("nll", "brier", "ece", "adaptive_ece", *comparing_samplers.LOWER_IS_BETTER)
+_APART: dict[str, Any] = {"datasets": comparing_datasets, "samplers": comparing_samplers}
+"""Families whose methods each have their own number of updates, and how they are compared."""
 SHARED = ("lr", "batch_size", "optimizer", "weight_decay", "schedule")
 
 
@@ -47,7 +49,7 @@ def compare(
     *,
     seeds: int = 3,
     steps: int | None = None,
-    metric: str = "accuracy",
+    metric: str | None = None,
     out: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -61,8 +63,8 @@ def compare(
         setup: task, networks and hyper-parameters by name, for all methods.
         seeds: how many, at least 2 for an interval.
         steps: updates for every method; the first method's own number if None. Methods that distil data sets have the same
-            number of samples per class instead, and each its own number of steps if None.
-        metric: the test measure to compare.
+            number of samples per class instead, samplers the same teacher, and each its own number of steps if None.
+        metric: the test measure to compare; None: accuracy, or for samplers a Fréchet distance.
         out: folder for ``comparison.json``, and for finished pairs, so that a stopped comparison goes on.
         quiet: print no progress.
 
@@ -76,13 +78,15 @@ def compare(
     if seeds < 2:
         raise InputError(f"--seeds must be at least 2 for an interval (got {seeds})")
     first = next(iter(classes.values()))
-    task = load_task(TaskConfig.make(**{k: v for k, v in setup.items() if k in TaskConfig.model_fields}))
+    apart = _APART.get(first.family)
+    load = load_task if apart is None else apart.load
+    task = load(TaskConfig.make(**{k: v for k, v in setup.items() if k in TaskConfig.model_fields}))
+    metric = metric or ("accuracy" if apart is None else apart.usual_metric(task))
     updates: int | None
-    if first.family == "datasets":
-        budget = comparing_datasets.shared_settings(first, setup)
-        validate(first.Config, {**_fitting(setup, first.Config), **budget})
-        updates = steps
-        words = f"{budget['ipc']} samples per class" if "ipc" in budget else "judged alike"
+    if apart is not None:
+        budget = apart.shared_settings(first, setup)
+        validate(first.Config, _fitting({**setup, **budget}, first.Config))
+        updates, words = steps, apart.words(budget)
     else:
         budget = {k: setup.get(k, first.Config.model_fields[k].default) for k in SHARED}
         config = validate(first.Config, {**_fitting(setup, first.Config), **budget})
@@ -96,9 +100,9 @@ def compare(
         for name, cls in classes.items():
             entry = ledger.get(name, seed)
             if entry is None:
-                if first.family == "datasets":
+                if apart is not None:
                     settings = {**setup, **budget, **({} if steps is None else {"steps": steps})}
-                    entry = comparing_datasets.measure(cls, task, _fitting(setup, cls.Setup), settings, seed)
+                    entry = apart.measure(cls, task, _fitting(setup, cls.Setup), settings, seed)
                 else:
                     settings = {**_fitting(setup, cls.Config), **budget, "steps": updates, "evaluations": 10}
                     entry = _measure(cls, task, _fitting(setup, cls.Setup), settings, seed)

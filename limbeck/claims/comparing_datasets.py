@@ -11,15 +11,26 @@ from limbeck.core.data import mix_seed
 from limbeck.core.engine import Engine, EngineConfig
 from limbeck.core.errors import InputError
 from limbeck.core.seeding import seed_everything
+from limbeck.tasks.base import load_task
 from limbeck.tasks.judging_datasets import JudgingConfig
 
 SHARED = ("ipc", *JudgingConfig.model_fields)
+load = load_task
 
 
 def shared_settings(first: Any, setup: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for all methods: samples per class and the protocol of judging, as the first method has them."""
     fields = first.Config.model_fields
     return {k: setup.get(k, fields[k].default) for k in SHARED if k in fields}
+
+
+def words(budget: Mapping[str, Any]) -> str:
+    """What is equal, for the reader."""
+    return f"{budget['ipc']} samples per class" if "ipc" in budget else "judged alike"
+
+
+def usual_metric(task: Any) -> str:
+    return "accuracy"
 
 
 def measure(cls: Any, task: Any, setup: Mapping[str, Any], config: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from limbeck.claims.compare import compare
 from limbeck.claims.statistics import overall, paired_difference
 from limbeck.core.errors import InputError, UnknownNameError
 from limbeck.report.compare import write_comparison
+from limbeck.tasks import generation
 
 
 def test_intervals_of_three_seeds_are_the_range():
@@ -180,3 +181,25 @@ def test_methods_that_distil_data_are_compared_at_equal_size(tmp_path: Path):
     assert set(found["methods"]) == {"datadam", "dm"} and len(found["methods"]["dm"]["metrics"]["accuracy"]) == 2
     assert found["methods"]["dm"]["metrics"]["samples"] == [20, 20]
     assert "2 samples per class" in write_comparison(found, tmp_path).read_text()
+
+
+def test_samplers_are_compared_with_one_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(generation.PLANE, "test", 100)
+    setup = {
+        "task": "ring",
+        "teacher_network": "mlp-w8-b1",
+        "teacher_steps": 20,
+        "teacher_nfe": 3,
+        "pairs": 16,
+        "batch_size": 8,
+        "judge_count": 30,
+        "distil_steps": 2,
+    }
+    found = compare(["instaflow", "swiftbrush"], setup, seeds=2, steps=2, out=tmp_path / "c", quiet=True)
+    assert found["metric"] == "sliced_wasserstein" and not found["higher_is_better"]
+    assert found["budget"] == "one teacher (flow), batches of 8"
+    assert found["methods"]["swiftbrush"]["metrics"]["nfe"] == [1.0, 1.0]
+    assert len(list((tmp_path / "cache" / "diffusion").glob("*/model.safetensors"))) == 1
+    with pytest.raises(InputError, match="not on a pipeline"):
+        compare(["instaflow", "swiftbrush"], {**setup, "teacher": ("x",)}, seeds=2, steps=2, quiet=True)
