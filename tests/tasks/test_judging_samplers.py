@@ -60,14 +60,14 @@ def ring_samplers() -> tuple[dict[str, Sampler], dict[str, Any]]:
 
 def test_the_exact_law_is_near_the_best_and_a_collapsed_sampler_is_found_out() -> None:
     samplers, ground = ring_samplers()
-    fine, coarse, collapsed = judge_samplers(samplers, **ground, fine=samplers["fine"], count=800)
+    fine, coarse, collapsed = judge_samplers(samplers, **ground, fine=samplers["fine"], count=400)
     assert [r["who"] for r in (fine, coarse, collapsed)] == ["fine", "coarse", "collapsed"]
     assert fine["modes"] == 8 and fine["near_modes"] > 0.95 and fine["condition_agreement"] > 0.98
-    assert fine["frechet_pixels"] < 0.01 and fine["coverage"] > 0.6 and fine["classes_covered"] > 7.8
+    assert fine["frechet_pixels"] < 0.01 and fine["coverage"] > 0.5 and fine["classes_covered"] > 7.8
     assert fine["paired_mse"] == 0 < coarse["paired_mse"]
     assert collapsed["modes"] == 1 and collapsed["near_modes"] == 1 and collapsed["coverage"] < 0.2
     assert collapsed["spread_ratio"] < 0.1 and collapsed["frechet_pixels"] > 1
-    assert collapsed["condition_agreement"] == pytest.approx(1 / 8, abs=0.03)
+    assert collapsed["condition_agreement"] == pytest.approx(1 / 8, abs=0.05)
     assert collapsed["classes_covered"] == pytest.approx(1, abs=0.01)
     assert fine["mmd"] < 0.01 < collapsed["mmd"] and fine["sliced_wasserstein"] < collapsed["sliced_wasserstein"]
     assert (fine["nfe"], coarse["nfe"], collapsed["nfe"]) == (40, 2, 1)

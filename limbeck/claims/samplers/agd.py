@@ -6,7 +6,9 @@ Six overlapping classes of three modes each in the plane, a network trained on t
 seen. Adapters by cross-attention and by offset learn on guided trajectories, or on noised data; they reuse the network's own embedding of time. Full guidance
 distillation trains all weights of a copy on noised data, as was published before. All get as many states, updates and scales. Adapters have one learning
 rate; full distillation on noised data, the baseline, gets the better of that and a lower one. Full distillation on guided trajectories is the upper
-reference. On real digits the same arms with one rate for all.
+reference. On real digits the same arms with one rate for all; there the network predicts v on a cosine schedule. (A first measurement with the plane's
+schedule, on which errors of the noise are multiplied by 160 at the first of few steps, brought no arm near to guidance on digits: adapters 0.90 of the
+unguided distance at w = 5, full distillation 0.67, on test noise. The plane's arms are those of that measurement.)
 
 Adapters are also moved to a copy of the network that was fine-tuned on the same samples made a tenth larger.
 """
@@ -150,7 +152,12 @@ def nearer(statement: str, method: str, baseline: str, w: float, times: float, h
 
 def base_of(on: GenerationTask) -> Denoiser:
     """The network that is guided: trained with 15 % of conditions dropped."""
-    return common.teacher(on, "vp-discrete", network=network_of(on), steps=4000, dropout=0.15)
+    return common.teacher(on, schedule_of(on), network=network_of(on), steps=4000, dropout=0.15)
+
+
+def schedule_of(on: GenerationTask) -> str:
+    """Noise is predicted in the plane, v on the digits."""
+    return "vp-discrete" if on.shape == (2,) else "vp-cosine"
 
 
 def network_of(on: GenerationTask) -> str:
@@ -204,7 +211,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 def fine_tuned(on_name: str, seed: int) -> Denoiser:
     """A copy of the base after a few updates on the training samples made a tenth larger."""
     on = common.task(on_name)
-    copied = common.fresh(on, "vp-discrete", network_of(on), seed)
+    copied = common.fresh(on, schedule_of(on), network_of(on), seed)
     copied.load_state_dict(base_of(on).state_dict())
     x, labels = real_samples(on.train)
     assert labels is not None
@@ -215,7 +222,7 @@ def fine_tuned(on_name: str, seed: int) -> Denoiser:
             ids = torch.randint(len(x), (128,))
             keep = torch.rand(128) >= 0.15
             cond = torch.where(keep, labels[ids], torch.full((128,), on.num_classes or 0))
-            loss = denoising_loss(copied, 1.1 * x[ids], torch.rand(128).clamp_min(1e-3), cond, space="eps")
+            loss = denoising_loss(copied, 1.1 * x[ids], torch.rand(128).clamp_min(1e-3), cond, space=copied.prediction)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -244,5 +251,6 @@ def _note(result: Mapping[str, Any]) -> str:
     return (
         f"Adapters have {share:.0%} of the parameters of the network in the plane and {digits:.0%} on the digits; the share shrinks with width (1 to 5 % "
         f"at the paper's). One evaluation a step was counted for them, two for guidance. The network under the adapters is "
-        f"{'bit for bit what it was' if same else 'CHANGED'}. Text-to-image models were not run."
+        f"{'bit for bit what it was' if same else 'CHANGED'}. Full distillation trains all weights of a network this small with ease, which the paper's "
+        f"size forbids. Text-to-image models were not run."
     )

@@ -165,11 +165,22 @@ class FeedbackBase(SegmentedConsistency):
 
 
 def class_reward(
-    task: Any, threshold: float | None, *, network: str | None = None, seed: int = 11, progress: bool = True
+    task: Any,
+    threshold: float | None,
+    *,
+    odds: bool = False,
+    network: str | None = None,
+    seed: int = 11,
+    progress: bool = True,
 ) -> Reward:
     """The log-probability that a classifier gives to the class that was asked for.
 
-    The classifier is another one (seed, and architecture if named) than that by which results are judged.
+    The classifier is another one (of another architecture and seed) than that by which results are judged.
+
+    Args:
+        threshold: beyond which the reward does not push; None: no threshold.
+        odds: the log-odds log p - log(1 - p) instead, which go on growing where p is near 1.
+        network: the classifier's name; None: the task's small one.
 
     Raises:
         InputError: the task has no images with classes.
@@ -184,7 +195,11 @@ def class_reward(
     mean, std = getattr(images.train, "mean", None), getattr(images.train, "std", None)
     judge = Judge(trained, mean or [0.0], std or [1.0]).eval().requires_grad_(False)
 
-    def log_probability(samples: Tensor, cond: Tensor) -> Tensor:
-        return torch.log_softmax(judge.to(samples.device)(samples), 1).gather(1, cond[:, None])[:, 0]
+    def judged(samples: Tensor, cond: Tensor) -> Tensor:
+        logits = judge.to(samples.device)(samples)
+        own = logits.gather(1, cond[:, None])[:, 0]
+        if not odds:
+            return own - logits.logsumexp(1)
+        return own - logits.scatter(1, cond[:, None], -torch.inf).logsumexp(1)
 
-    return Reward(log_probability, threshold, name="class_reward")
+    return Reward(judged, threshold, name="class_reward")

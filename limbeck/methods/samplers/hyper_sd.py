@@ -49,7 +49,9 @@ class HyperSD(FeedbackBase):
               d = \frac{\hat x_0^{fake}(x_t) - \hat x_0^{real}(x_t)}{\mathrm{mean}|x - \hat x_0^{real}|}
 
     with a fake score network fitted to the student's samples, and pairs (z', x') of the student's own few-step sampler before this stage;
-    the other samples keep the loss above (unified training, so that the same weights serve more steps).
+    the other samples keep the loss above (unified training, so that the same weights serve more steps). Without ``s_embedding`` one
+    prediction at T cannot both end at the sample and lead along the trajectory to a time between, so more steps want new noise in each
+    (``gamma=1``, as published for these weights) afterwards.
 
     **Feedback** (``feedback_steps``). Low-rank adapters of their own are trained by
     :math:`\sum_d \mathrm{mean}\,\mathrm{ReLU}(a_d - r_d(x', c)) + \lambda\, L(m(x''), y)`, x' being a few-step sample with gradient through its last
@@ -78,8 +80,11 @@ class HyperSD(FeedbackBase):
             ge=1,
             description="steps of the resulting sampler; none: segments of the last stage, or 1 after one-step training",
         )
-        gamma: float = Field(
-            0.0, ge=0, le=1, description="noise of the resulting sampler: 0 none, 1 all of it anew in each step"
+        gamma: float | None = Field(
+            None,
+            ge=0,
+            le=1,
+            description="noise of the resulting sampler: 0 none, 1 all of it anew in each step; none: 1 after one-step training, else 0",
         )
         one_step_steps: int = Field(0, ge=0, description="updates of the stage for one step; 0: none")
         one_step_share: float = Field(
@@ -91,9 +96,11 @@ class HyperSD(FeedbackBase):
         lr_one_step: float | None = Field(None, gt=0, description="learning rate of that stage; none: a tenth of --lr")
         lr_fake: float = Field(5e-4, gt=0, description="learning rate of the fake score network")
         fake_updates: int = Field(1, ge=1, description="its updates for each of the student's")
-        dmd: float = Field(1.0, ge=0, description="weight of the distribution-matching gradient")
+        dmd: float = Field(0.25, ge=0, description="weight of the distribution-matching gradient")
         segment_weight: float = Field(
-            4.0, ge=0, description="weight of the segments' loss beside that of one step, times the last stage's weights"
+            4.0,
+            ge=0,
+            description="weight of the segments' loss beside that of one step, times the last stage's weights",
         )
         regression: float = Field(
             0.25, ge=0, description="weight of the squared error to few-step samples from the same noise"
@@ -225,7 +232,7 @@ class HyperSD(FeedbackBase):
 
     def own_few_step(self) -> Sampler:
         """What makes the pairs: the student before this stage, without guidance of its own."""
-        return self.few_step(self.config.pair_steps, self.ema.module, guided=False)
+        return self.few_step(self.config.pair_steps, self.ema.module, guided=False, gamma=0.0)
 
     def one_step_stages(self, stream: Any, kept: Mapping[str, Any], seed: int) -> list[Stage]:
         """Pairs of the student's own few-step sampler, then the stage itself."""
@@ -283,7 +290,7 @@ class HyperSD(FeedbackBase):
         Args:
             network: None: the result.
             guided: apply guidance where it was preserved.
-            gamma: None: the configured one.
+            gamma: None: the usual one.
         """
         times = self.borders(steps).double().cpu()
         if steps == 1:
@@ -295,8 +302,14 @@ class HyperSD(FeedbackBase):
             times,
             "tcd",
             guidance=float(self.config.guidance) if preserved else 1.0,
-            gamma=float(self.config.gamma) if gamma is None else gamma,
+            gamma=self.usual_gamma if gamma is None else gamma,
         )
+
+    @property
+    def usual_gamma(self) -> float:
+        if self.config.gamma is not None:
+            return float(self.config.gamma)
+        return 1.0 if self.config.one_step_steps else 0.0
 
     @property
     def usual_steps(self) -> int:
@@ -318,7 +331,7 @@ class HyperSD(FeedbackBase):
                 f"there is no stage of {segments} segments whose weights were kept: see segments and keep_stages"
             )
         held: Any = self.kept[str(segments)]
-        return self.few_step(steps or segments, plain_network(held.module))
+        return self.few_step(steps or segments, plain_network(held.module), gamma=float(self.config.gamma or 0.0))
 
     def contestants(self) -> dict[str, Sampler]:
         """The result, every stage's student in its own number of steps, and the teacher in as many."""
