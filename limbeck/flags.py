@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -60,8 +61,16 @@ def given(options: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]
     for name in model.model_fields:
         value = getattr(options, name, _ABSENT)
         if value is not _ABSENT:
-            found[name] = None if isinstance(value, str) and value.lower() in NONE_WORDS else value
+            absent = isinstance(value, str) and value.lower() in NONE_WORDS and value not in _words(model, name)
+            found[name] = None if absent else value
     return found
+
+
+def _words(model: type[BaseModel], name: str) -> tuple[Any, ...]:
+    """The words that a field takes literally, "none" perhaps among them."""
+    annotation = model.model_fields[name].annotation
+    members = (annotation, *typing.get_args(annotation))
+    return tuple(word for m in members if typing.get_origin(m) is Literal for word in typing.get_args(m))
 
 
 def _metavar(info: FieldInfo) -> str:

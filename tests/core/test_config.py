@@ -68,3 +68,18 @@ def test_every_method_describes_every_setting():
                 assert info.description, f"{card.name}: {info.name} has no description"
         for preset in cls.Config.presets:
             cls.Config.make(preset)
+
+
+def test_none_is_a_word_where_a_flag_takes_it_and_nothing_elsewhere() -> None:
+    import argparse
+
+    from limbeck.core.config import Config
+    from limbeck.flags import add_flags, given
+
+    class Own(Config):
+        kind: Literal["none", "some"] = "some"
+        size: int | None = 3
+
+    parser = argparse.ArgumentParser()
+    add_flags(parser, "own", Own)
+    assert given(parser.parse_args(["--kind", "none", "--size", "none"]), Own) == {"kind": "none", "size": None}
