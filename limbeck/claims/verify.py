@@ -234,10 +234,12 @@ def _one(name: str, data_root: str | None, job: Job, alone: bool) -> tuple[Job, 
 
 
 def source_key(name: str, claim: Claim) -> str:
-    """A hash of what a measurement depends on: the claim's module, the method's module, the data."""
+    """A hash of what a measurement depends on: the claim's module, the method's and its bases' modules, the data."""
     digest = hashlib.sha256(json.dumps(dict(claim.data), sort_keys=True, default=str).encode())
-    own = dict.fromkeys(target.partition(":")[0] for target in catalogue.get(name).classes().values())
-    family = catalogue.get(name).family
+    card = catalogue.get(name)
+    own = dict.fromkeys(target.partition(":")[0] for target in card.classes().values())
+    own |= dict.fromkeys(c.__module__ for c in card.load().__mro__ if c.__module__.startswith("limbeck.methods."))
+    family = card.family
     beside = [  # modules of the family that the claim imports: grounds and arms shared by several claims
         value.__name__
         for value in vars(importlib.import_module(module_of(name))).values()

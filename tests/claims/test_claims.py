@@ -203,3 +203,14 @@ def test_samplers_are_compared_with_one_teacher(tmp_path: Path, monkeypatch: pyt
     assert len(list((tmp_path / "cache" / "diffusion").glob("*/model.safetensors"))) == 1
     with pytest.raises(InputError, match="not on a pipeline"):
         compare(["instaflow", "swiftbrush"], {**setup, "teacher": ("x",)}, seeds=2, steps=2, quiet=True)
+
+
+def test_a_measurement_depends_on_the_bases_of_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = load_claim("swiftbrush")
+    read = verifying.inspect.getsource
+    before = verifying.source_key("swiftbrush", claim)
+    changed = "limbeck.methods.samplers.score_base"
+    monkeypatch.setattr(verifying.inspect, "getsource", lambda m: read(m) + "#" * (m.__name__ == changed))
+    assert verifying.source_key("swiftbrush", claim) != before
+    changed = "limbeck.methods.datasets.base"
+    assert verifying.source_key("swiftbrush", claim) == before
