@@ -57,9 +57,15 @@ def build_network(name: str, shape: tuple[int, ...], num_classes: int | None, sc
 def save_sampler(sampler: Sampler, folder: Path, description: dict[str, Any]) -> None:
     """Write a sampler: the network's weights as safetensors, everything else in ``artifact.json``.
 
-    A diffusers network is also written in diffusers' own layout (``unet/``).
+    A U-Net is written as a pipeline's folder that diffusers opens (see :mod:`limbeck.adapters.diffusers_students`), where a table of steps can
+    express the sampler.
     """
     module = sampler.denoiser.module
+    if type(module).__name__ == "SmallUNet":
+        from limbeck.adapters.diffusers_students import save_unet
+
+        if save_unet(folder, sampler, description):
+            return
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(module, folder / WEIGHTS)
     about = {

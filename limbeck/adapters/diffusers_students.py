@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.adapters.diffusers_networks import DiffusersNetwork
+from limbeck.adapters.diffusers_networks import DiffusersNetwork, SmallUNet
 from limbeck.adapters.diffusers_pipelines import Teacher, load_teacher
 from limbeck.adapters.diffusers_plans import Plan, plan_of
 from limbeck.adapters.diffusers_readme import readme
@@ -109,6 +109,25 @@ def save_student(
     write_json(target / DESCRIPTION, record)
     write_text(target / "README.md", readme(teacher, sampler, plan, said, absent))
     return plan
+
+
+def save_unet(folder: Path, sampler: Sampler, description: Mapping[str, Any]) -> bool:
+    """Write a sampler whose network is a U-Net of diffusers that was trained here, without a pipeline around it; False where no
+    table of steps can express the sampler (see :func:`limbeck.adapters.diffusers_plans.steps_of`), and nothing is written.
+    """
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    network = sampler.denoiser.module
+    assert isinstance(network, SmallUNet)
+    channels, height, width = network.spec["shape"]
+    pipeline: Any = DDPMPipeline(unet=network.network, scheduler=DDPMScheduler())  # type: ignore[arg-type]
+    teacher = Teacher(sampler.denoiser, pipeline, (channels, height, width), network.spec["num_classes"])
+    try:
+        plan_of(sampler, network, pipeline.scheduler)
+    except InputError:
+        return False
+    save_student(folder, teacher, sampler, description)
+    return True
 
 
 def read_student(

@@ -80,3 +80,26 @@ def test_networks_by_name() -> None:
     made = build_network("unet-w8", (1, 8, 8), 10, Flow())
     x = torch.randn(2, 1, 8, 8)
     assert made(x, torch.tensor([10.0, 500.0]), torch.tensor([0, 10])).shape == x.shape
+
+
+@pytest.mark.parametrize("schedule", [Flow(), EDM(0.02, 20.0)])
+def test_a_unet_comes_back_through_diffusers(schedule: object, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    network = build_network("unet-w8", (1, 8, 8), 3, schedule)  # type: ignore[arg-type]
+    edm = isinstance(schedule, EDM)
+    made = Denoiser(
+        network, schedule, "x0" if edm else "flow", precond="edm" if edm else None, null_cond=torch.tensor(3)
+    )  # type: ignore[arg-type]
+    sampler = Sampler.one_step(made.eval())
+    save_sampler(sampler, tmp_path / "one", {"method": "test"})
+    z, c = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
+    again = limbeck.load(tmp_path / "one").content.sampler
+    assert torch.allclose(again.sample(z, c).x, sampler.sample(z, c).x, atol=1e-5)
+    plain = diffusers.UNet2DModel.from_pretrained(tmp_path / "one" / "unet")
+    t = torch.full((2,), 1000.0)
+    assert torch.allclose(plain(z, t, class_labels=c).sample, network.network(z, t, class_labels=c).sample, atol=1e-5)  # type: ignore[operator]
+    assert "```python" in (tmp_path / "one" / "README.md").read_text()
+    heun = Sampler.ode(made, 2, "heun")
+    save_sampler(heun, tmp_path / "heun", {})
+    assert torch.allclose(limbeck.load(tmp_path / "heun").content.sample(z, c).x, heun.sample(z, c).x, atol=1e-5)

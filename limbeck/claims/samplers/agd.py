@@ -6,9 +6,8 @@ Six overlapping classes of three modes each in the plane, a network trained on t
 seen. Adapters by cross-attention and by offset learn on guided trajectories, or on noised data; they reuse the network's own embedding of time. Full guidance
 distillation trains all weights of a copy on noised data, as was published before. All get as many states, updates and scales. Adapters have one learning
 rate; full distillation on noised data, the baseline, gets the better of that and a lower one. Full distillation on guided trajectories is the upper
-reference. On real digits the same arms with one rate for all; there the network predicts v on a cosine schedule. (A first measurement with the plane's
-schedule, on which errors of the noise are multiplied by 160 at the first of few steps, brought no arm near to guidance on digits: adapters 0.90 of the
-unguided distance at w = 5, full distillation 0.67, on test noise. The plane's arms are those of that measurement.)
+reference. On real digits the same arms with one rate for all; there the network predicts v on a cosine schedule. (A first measurement predicted noise there as in the plane, which gave the same picture: adapters at 0.90 of the unguided distance at w = 5, full
+distillation at 0.67. The plane's arms are those of that measurement.)
 
 Adapters are also moved to a copy of the network that was fine-tuned on the same samples made a tenth larger.
 """
