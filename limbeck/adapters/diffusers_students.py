@@ -119,9 +119,10 @@ def save_unet(folder: Path, sampler: Sampler, description: Mapping[str, Any]) ->
 
     network = sampler.denoiser.module
     assert isinstance(network, SmallUNet)
-    channels, height, width = network.spec["shape"]
-    pipeline: Any = DDPMPipeline(unet=network.network, scheduler=DDPMScheduler())  # type: ignore[arg-type]
-    teacher = Teacher(sampler.denoiser, pipeline, (channels, height, width), network.spec["num_classes"])
+    spec: dict[str, Any] = network.spec
+    channels, height, width = spec["shape"]
+    pipeline: Any = DDPMPipeline(unet=network.network, scheduler=DDPMScheduler())
+    teacher = Teacher(sampler.denoiser, pipeline, (channels, height, width), spec["num_classes"])
     try:
         plan_of(sampler, network, pipeline.scheduler)
     except InputError:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from limbeck.core.data import Data, mix_seed
 from limbeck.core.errors import InputError, RunError
 from limbeck.diffusion.conditions import Condition, Conditions, take
 from limbeck.diffusion.samplers import Sampler
+from limbeck.diffusion.stored_arrays import stored_array
 
 
 def noise_of(seed: int, start: int, count: int, shape: Sequence[int]) -> Tensor:
@@ -42,27 +42,8 @@ class PairStore:
         self.count, self.shape, self.done = count, tuple(shape), 0
         self.folder = None if folder is None else Path(folder)
         self.dtype = torch.float16 if half else torch.float32
-        self.z, self.x = self._allocate("z"), self._allocate("x")
+        self.z, self.x = (stored_array(self.folder, n, (self.count, *self.shape), self.dtype) for n in ("z", "x"))
         self.cond: Condition = None
-
-    def _allocate(self, name: str) -> Tensor:
-        size = (self.count, *self.shape)
-        if self.folder is None:
-            return torch.zeros(size, dtype=self.dtype)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name}.npy"
-        kind = np.float16 if self.dtype == torch.float16 else np.float32
-        if path.exists():
-            try:
-                found = np.lib.format.open_memmap(path, "r+")
-            except (ValueError, OSError) as error:
-                raise RunError(f"{path} is not a store of pairs: {error}") from None
-            if found.shape == size and found.dtype == kind:
-                return torch.from_numpy(found)
-            raise RunError(
-                f"{path} holds {found.shape} of {found.dtype}, not {size} of {np.dtype(kind)}: give another folder"
-            )
-        return torch.from_numpy(np.lib.format.open_memmap(path, "w+", dtype=kind, shape=size))
 
     def write(self, start: int, z: Tensor, x: Tensor, cond: Condition = None) -> None:
         """Pairs number ``start`` and on.

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from limbeck.diffusion.denoisers import Denoiser
 from limbeck.diffusion.schedules import Schedule, expand
 from limbeck.diffusion.solvers import ddim_step
 from limbeck.diffusion.step_sizes import StepSchedule
+from limbeck.diffusion.stored_arrays import stored_array
 
 
 class SegmentStore:
@@ -63,26 +63,9 @@ class SegmentStore:
         for k in self.steps:
             self.columns[k] = torch.tensor([0, *range(used, used + k - 1), last])
             used += k - 1
-        self.states = self._allocate((count, last + 1, *self.shape))
+        self.states = stored_array(self.folder, "states", (count, last + 1, *self.shape), self.dtype)
 
     cond: Condition
-
-    def _allocate(self, size: tuple[int, ...]) -> Tensor:
-        if self.folder is None:
-            return torch.zeros(size, dtype=self.dtype)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, kind = self.folder / "states.npy", np.float16 if self.dtype == torch.float16 else np.float32
-        if not path.exists():
-            return torch.from_numpy(np.lib.format.open_memmap(path, "w+", dtype=kind, shape=size))
-        try:
-            found = np.lib.format.open_memmap(path, "r+")
-        except (ValueError, OSError) as error:
-            raise RunError(f"{path} is not a store of segments: {error}") from None
-        if found.shape != size or found.dtype != kind:
-            raise RunError(
-                f"{path} holds {found.shape} of {found.dtype}, not {size} of {np.dtype(kind)}: give another folder"
-            )
-        return torch.from_numpy(found)
 
     def plan(self, schedules: Mapping[int, StepSchedule]) -> None:
         """Say which anchors and times the schedules have; they begin and end at the same anchors.

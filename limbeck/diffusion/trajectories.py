@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from limbeck.diffusion.conditions import Condition, take
 from limbeck.diffusion.denoisers import Denoiser
 from limbeck.diffusion.schedules import expand
 from limbeck.diffusion.solvers import check_times, ddim_step
+from limbeck.diffusion.stored_arrays import stored_array
 
 
 class Recorded(NamedTuple):
@@ -120,26 +120,12 @@ class TrajectoryStore:
         self.count, self.steps, self.shape, self.done = count, len(self.times) - 1, tuple(shape), 0
         self.folder = None if folder is None else Path(folder)
         self.dtype = torch.float16 if half else torch.float32
-        self.states, self.predictions = self._allocate("states"), self._allocate("predictions")
+        size = (self.count, self.steps, *self.shape)
+        self.states, self.predictions = (
+            stored_array(self.folder, name, size, self.dtype) for name in ("states", "predictions")
+        )
         self.w = torch.zeros(count)
         self.cond: Condition = None
-
-    def _allocate(self, name: str) -> Tensor:
-        size = (self.count, self.steps, *self.shape)
-        if self.folder is None:
-            return torch.zeros(size, dtype=self.dtype)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name}.npy"
-        kind = np.dtype(np.float16 if self.dtype == torch.float16 else np.float32)
-        if not path.exists():
-            return torch.from_numpy(np.lib.format.open_memmap(path, "w+", dtype=kind, shape=size))
-        try:
-            found = np.lib.format.open_memmap(path, "r+")
-        except (ValueError, OSError) as error:
-            raise RunError(f"{path} is not a store of trajectories: {error}") from None
-        if found.shape != size or found.dtype != kind:
-            raise RunError(f"{path} holds {found.shape} of {found.dtype}, not {size} of {kind}: give another folder")
-        return torch.from_numpy(found)
 
     def __len__(self) -> int:
         """Number of states that there is room for, N K."""

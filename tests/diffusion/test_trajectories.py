@@ -155,7 +155,7 @@ def test_state_goes_round_and_in_a_folder_only_what_is_small(tmp_path):
     with pytest.raises(RunError, match=r"holds \(6, 4, 2\) of float32, not \(7, 4, 2\)"):
         TrajectoryStore(7, store.times, (2,), tmp_path / "a")
     np.save(tmp_path / "a" / "states.npy", np.array(["x"], dtype=object), allow_pickle=True)
-    with pytest.raises(RunError, match="is not a store of trajectories"):
+    with pytest.raises(RunError, match="is not a stored array"):
         TrajectoryStore(6, store.times, (2,), tmp_path / "a")
 
 

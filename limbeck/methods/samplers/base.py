@@ -64,7 +64,12 @@ class SamplerDistiller(Method):
         lr: float = Field(5e-4, gt=0, description="peak learning rate of the student")
         weight_decay: float = Field(0.0, ge=0, description="weight decay (decoupled for adamw)")
         clip_grad: float | None = Field(1.0, gt=0, description="largest gradient norm; none: no clipping")
-        ema: float = Field(0.99, ge=0, le=1, description="decay of the average of the student's weights; its memory grows to that from short ones")
+        ema: float = Field(
+            0.99,
+            ge=0,
+            le=1,
+            description="decay of the average of the student's weights; its memory grows to that from short ones",
+        )
         guidance: float = Field(1.0, ge=0, description="guidance weight w of the teacher; 1 is none")
         teacher_nfe: int = Field(25, ge=1, description="steps of the many-step teacher, for pairs and for comparison")
         teacher_solver: Literal["ddim", "euler", "heun", "dpm2m"] = Field("dpm2m", description="its solver")
