@@ -16,7 +16,8 @@ from limbeck.core.errors import InputError, Interrupted, LimbeckError, UnknownNa
 USER_MISTAKE, STOPPED = 2, 130
 
 _OVERVIEW = """\
-limbeck distils: big models into small ones, data sets into a handful of samples, and in time everything else.
+limbeck distils: big models into small ones, data sets into a handful of samples, samplers of many steps into one, and in time
+everything else.
 
   limbeck demo                     see it work on real digits, in about two minutes
   limbeck methods                  what there is
