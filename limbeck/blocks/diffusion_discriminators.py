@@ -93,7 +93,7 @@ class Trunk(nn.Module):
 
 
 def default_layers(network: nn.Module, sample: tuple[Any, ...], levels: bool = False) -> list[str]:
-    """Layers for a discriminator, where nobody names them.
+    """Layers for a discriminator, where nobody names them; only such as depend on x.
 
     The bottom of a U-Net by its usual names; else the middle one of the longest list of blocks. With ``levels``: every entry of the
     lists of down blocks and the bottom, else all blocks of the longest list.
@@ -106,6 +106,7 @@ def default_layers(network: nn.Module, sample: tuple[Any, ...], levels: bool = F
         InputError: nothing of the kind in the network.
     """
     called = [info.path for info in list_taps(network, sample) if info.shape is not None]
+    called = _seeing(network, sample, called)
     names = set(called)
     bottom = [p for p in called if p.rpartition(".")[2] in MIDDLE]
     lists: dict[str, list[str]] = {}
@@ -122,6 +123,22 @@ def default_layers(network: nn.Module, sample: tuple[Any, ...], levels: bool = F
             f"{type(unwrap(network)).__name__} has no list of blocks: name the layers that the discriminator looks at"
         )
     return longest if levels else [longest[len(longest) // 2]]
+
+
+def _seeing(network: nn.Module, sample: tuple[Any, ...], layers: Sequence[str]) -> list[str]:
+    """Those of the layers whose output depends on x; an embedding of the time does not, and would tell nothing of the sample."""
+    x, *others = sample
+    frozen = [p for p in unwrap(network).parameters() if p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        taps = [Tap(layer, call=0) for layer in layers]
+        with torch.enable_grad(), Taps(network, taps) as found:
+            network(x.detach().clone().requires_grad_(True), *others)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    return [tap.path for tap in taps if found[tap].requires_grad]
 
 
 def _geometry(feature: Tensor) -> tuple[str, int]:

@@ -189,3 +189,17 @@ def test_bad_input_is_named():
         PooledHead(torch.zeros(2, 4), 0)
     with pytest.raises(InputError, match="maps"):
         PooledHead(torch.zeros(2, 4, 2, 2, 2))
+
+
+def test_layers_that_do_not_see_the_sample_are_not_looked_at() -> None:
+    from limbeck.networks.diffusion_mlp import DiffusionMLP
+
+    network = DiffusionMLP((2,), width=8, blocks=3)  # its list of time layers is as long as that of its blocks, and comes first
+    x, t = torch.randn(4, 2), torch.rand(4)
+    assert default_layers(network, (x, t)) == ["blocks.1"]
+    assert default_layers(network, (x, t), levels=True) == ["blocks.0", "blocks.1", "blocks.2"]
+    seen = x.clone().requires_grad_()
+    score = PairDiscriminator(network, (x, t, None))(seen, t, None, x, t)
+    (gradient,) = torch.autograd.grad(score.sum(), seen)
+    assert bool((gradient.abs().sum(1) > 0).all())
+    assert all(p.requires_grad for p in network.parameters())
