@@ -47,6 +47,7 @@ _READERS: dict[str, str | Reader] = {
     "dataset": "limbeck.adapters.distilled:read",
     "graph-dataset": "limbeck.adapters.distilled_graphs:read",
     "sampler": "limbeck.adapters.denoising:read_sampler",
+    "field": "limbeck.rendering.fields:read_field",
     "diffusers-pipeline": "limbeck.adapters.diffusers_students:read_student",
     "guidance-adapters": "limbeck.diffusion.guided:read_adapters",
 }

@@ -194,7 +194,9 @@ def test_bad_input_is_named():
 def test_layers_that_do_not_see_the_sample_are_not_looked_at() -> None:
     from limbeck.networks.diffusion_mlp import DiffusionMLP
 
-    network = DiffusionMLP((2,), width=8, blocks=3)  # its list of time layers is as long as that of its blocks, and comes first
+    network = DiffusionMLP(
+        (2,), width=8, blocks=3
+    )  # its list of time layers is as long as that of its blocks, and comes first
     x, t = torch.randn(4, 2), torch.rand(4)
     assert default_layers(network, (x, t)) == ["blocks.1"]
     assert default_layers(network, (x, t), levels=True) == ["blocks.0", "blocks.1", "blocks.2"]
