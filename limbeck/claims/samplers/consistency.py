@@ -73,7 +73,7 @@ def claim(data_root: str | None = None) -> Claim:
             "regression": Arm(
                 "baseline", "regression of the teacher's ends on its noise, as many updates", regression, RATES
             ),
-            "teacher": Arm("baseline", "the teacher in as few steps of DDIM", untrained),
+            "teacher": Arm("control", "the teacher in as few steps of DDIM; nothing to tune", untrained),
             "no average": Arm(
                 "control", "the target is the student itself, not its slow average", consistency(target_ema=0.0)
             ),
