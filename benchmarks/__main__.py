@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine_overhead, experts, inner_loop, matching, score_steps, teacher_cache
+from benchmarks import engine_overhead, experts, inner_loop, matching, score_steps, splatting, teacher_cache
 
 _HEAD = """# Benchmarks
 
@@ -48,6 +48,11 @@ def main() -> None:
             "a sample of a one-step student",
             "one of its teacher in 25 steps",
             score_steps.measure(score_steps.sampling(), score_steps.ALLOWED_SAMPLING),
+        ),
+        (
+            f"a picture of {splatting.COUNT:,} Gaussians, {splatting.SIZE}x{splatting.SIZE}, without gradients",
+            "blending one Gaussian after the other",
+            splatting.measure(),
         ),
     ]
     text = _HEAD

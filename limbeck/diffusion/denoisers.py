@@ -2,9 +2,9 @@ r"""A network with its conventions: what it predicts, in which schedule, and how
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -199,9 +199,6 @@ class Denoiser(nn.Module):
             )
         return made
 
-    def train(self, mode: bool = True) -> Self:
-        return super().train(mode)
-
 
 def _is_one(guidance: float | Tensor) -> bool:
     return bool((guidance == 1).all()) if isinstance(guidance, Tensor) else guidance == 1
@@ -218,12 +215,3 @@ def params_frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def conditions_on(denoiser: Denoiser, cond: Condition) -> str:
-    """What a condition looks like, for messages: its kind and shapes."""
-    if cond is None:
-        return "none"
-    if isinstance(cond, Mapping):
-        return ", ".join(f"{k} {tuple(v.shape[1:])}" for k, v in cond.items())
-    return f"{cond.dtype} {tuple(cond.shape[1:])}"

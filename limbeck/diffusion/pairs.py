@@ -101,6 +101,31 @@ class PairStore:
             self.z, self.x = state["z"].to(self.dtype), state["x"].to(self.dtype)
 
 
+@torch.no_grad()
+def straightness(sampler: Sampler, z: Tensor, cond: Condition = None) -> float:
+    r"""How far paths of an ODE are from straight lines: :math:`E\int_0^1 \|(x_{t_{max}} - x_0) - u(x_t, t)\|^2 dt` per dimension, 0 for straight ones.
+
+    Args:
+        sampler: of kind ``ode``, in the schedule ``flow``; its steps are those of the integral.
+        z: (B, ...) unit noise.
+
+    Raises:
+        InputError: another schedule or kind: velocities are constant along straight paths of ``flow`` alone.
+
+    Source: "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow" (2022).
+    """
+    if sampler.kind != "ode" or sampler.denoiser.schedule.name != "flow":
+        raise InputError(
+            "straightness is that of an ODE in the schedule 'flow': see limbeck.diffusion.transforms.InSchedule"
+        )
+    found = sampler.sample(z, cond, record=True)
+    assert found.states is not None and found.slopes is not None
+    chord = found.states[0] - found.x
+    gaps = (chord - found.slopes).square().flatten(1).mean(1)
+    lengths = (found.times[:-1] - found.times[1:]).to(gaps)
+    return float((gaps * lengths).sum())
+
+
 class PairData(Data):
     """The pairs of a store as a data set: batches of ``{"x0": …, "z": …, "cond": …}``. The store may still be empty when it is made."""
 

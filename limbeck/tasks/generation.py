@@ -86,7 +86,7 @@ class GenerationTask:
             from limbeck.tasks.teachers import reference_teacher
 
             network = reference_teacher(self.images, self.images.networks["teacher"], progress=progress)
-            self._classifier["it"] = Judge(network, *_statistics(self.images.train))
+            self._classifier["it"] = Judge(network, *statistics_of(self.images.train))
         return self._classifier["it"]
 
     def perceptual(self, *, progress: bool = True) -> FeatureDistance | None:
@@ -100,7 +100,7 @@ class GenerationTask:
 
         name = self.images.networks["student"]
         network = reference_teacher(self.images, name, seed=1, progress=progress)
-        judge = Judge(network, *_statistics(self.images.train))
+        judge = Judge(network, *statistics_of(self.images.train))
         return FeatureDistance(judge, judge.stages, name=f"{name}, stages, trained on {self.name}")
 
     def describe(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class Judge(nn.Module):
         return found
 
 
-def _statistics(data: Data) -> tuple[Any, Any]:
+def statistics_of(data: Data) -> tuple[Any, Any]:
     """Mean and standard deviation that a task normalises its images with."""
     return getattr(data, "mean", None) or [0.0], getattr(data, "std", None) or [1.0]
 

@@ -10,9 +10,9 @@ import torch
 from limbeck.core.errors import InputError, RunError
 from limbeck.diffusion.conditions import Conditions
 from limbeck.diffusion.oracles import gaussian_mixture
-from limbeck.diffusion.pairs import PairData, PairStore, noise_of
+from limbeck.diffusion.pairs import PairData, PairStore, noise_of, straightness
 from limbeck.diffusion.samplers import Sampler
-from limbeck.diffusion.schedules import Flow
+from limbeck.diffusion.schedules import EDM, Flow
 
 torch.set_num_threads(1)
 
@@ -114,3 +114,13 @@ def test_bad_input_is_named(where: Path | None):
         pairs.batch(torch.tensor([0]))
     with pytest.raises(RunError, match="NaN or infinity"):
         pairs.write(0, torch.zeros(1, 2), torch.full((1, 2), torch.nan))
+
+
+def test_straight_paths_are_straight_and_bent_ones_are_not() -> None:
+    z = torch.randn(400, 2)
+    point = gaussian_mixture(torch.tensor([[2.0, -1.0]]), 0.0)  # every path is the straight line to the one point
+    assert straightness(Sampler.ode(point, 20, "euler"), z) < 1e-8
+    two = gaussian_mixture(torch.tensor([[2.0, 0.0], [-2.0, 0.0]]), 0.05)
+    assert straightness(Sampler.ode(two, 20, "euler"), z) > 0.05
+    with pytest.raises(InputError, match="schedule 'flow'"):
+        straightness(Sampler.ode(gaussian_mixture(torch.zeros(1, 2), 0.1, schedule=EDM()), 4), z)

@@ -288,13 +288,17 @@ class SamplerDistiller(Method):
 
     # ---- judging and keeping the result -----------------------------------------------------------------------------------
 
-    def decode(self, samples: Tensor) -> Tensor:
-        """Samples as pictures in [-1, 1] (through the pipeline's decoder, if there is one)."""
+    def pictured(self, samples: Tensor) -> Tensor:
+        """Samples (B, ...) as pictures in [-1, 1], with gradient: through the pipeline's decoder, if there is one."""
         if self.pipeline is None:
             return samples
-        with torch.no_grad():
-            found: Tensor = self.pipeline.decode(samples)
+        found: Tensor = self.pipeline.decode(samples)
         return found
+
+    @torch.no_grad()
+    def decode(self, samples: Tensor) -> Tensor:
+        """The same without gradient, for reports."""
+        return self.pictured(samples)
 
     def evaluate(self, test: Data, class_names: Sequence[str] | None = None) -> dict[str, Any]:
         """All contestants at the same noise and conditions: fidelity, coverage, cost; and pictures."""

@@ -71,8 +71,8 @@ class FeedbackBase(SegmentedConsistency):
     # ---- the stage --------------------------------------------------------------------------------------------------------
 
     def pictured(self, samples: Tensor) -> Tensor:
-        """Samples as judges see them."""
-        return samples if self.decoder is None else self.decoder(samples)
+        """Samples as judges see them: by ``decoder``, or as the family shows them."""
+        return super().pictured(samples) if self.decoder is None else self.decoder(samples)
 
     def attach_feedback(self) -> None:
         """Put the feedback's adapters on the student, which is frozen from then on."""
@@ -185,15 +185,14 @@ def class_reward(
     Raises:
         InputError: the task has no images with classes.
     """
-    from limbeck.tasks.generation import Judge
+    from limbeck.tasks.generation import Judge, statistics_of
     from limbeck.tasks.teachers import reference_teacher
 
     images = getattr(task, "images", None)
     if images is None or task.num_classes is None:
         raise InputError("feedback by name needs images with classes: choose such a task, or give rewards=[Reward(…)]")
     trained = reference_teacher(images, network or images.networks["student"], seed=seed, progress=progress)
-    mean, std = getattr(images.train, "mean", None), getattr(images.train, "std", None)
-    judge = Judge(trained, mean or [0.0], std or [1.0]).eval().requires_grad_(False)
+    judge = Judge(trained, *statistics_of(images.train)).eval()
 
     def judged(samples: Tensor, cond: Tensor) -> Tensor:
         logits = judge.to(samples.device)(samples)

@@ -69,7 +69,7 @@ class HyperSD(FeedbackBase):
     Args:
         rewards: what feedback asks for, see :class:`~limbeck.losses.feedback.Reward`; their functions get decoded samples and conditions.
         task_model, criterion: of the perceptual loss: m, and (output, labels) -> scalar; labels are the batch's.
-        decoder: latents -> images with gradient, for both; None: samples as they are.
+        decoder: latents -> images with gradient, for both; None: the pipeline's own, or samples as they are.
     """
 
     name = "hyper-sd"

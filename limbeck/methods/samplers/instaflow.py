@@ -50,6 +50,9 @@ class InstaFlow(SamplerDistiller):
     Decisions of ours where the paper is silent: ``init="adapter"`` starts the flow as exactly the teacher's velocity, through the scale-time transform,
     whatever the teacher predicts; ``init="raw"`` reads its output as a velocity, as the paper does with Stable Diffusion. Conditions are dropped with probability ``cond_dropout`` in reflow, so that the flow can be guided.
 
+    Pairs are made before they are learned from; for pairs made during training (the paper's option) give this object's loss batches of
+    :class:`limbeck.diffusion.couplings.Online`. How straight a flow is says :func:`limbeck.diffusion.pairs.straightness`.
+
     The stacked network of the paper is :class:`Stacked`. ``direct=True`` skips the reflow and distils the teacher's own pairs: the paper's baseline,
     given the updates of both stages.
 
@@ -143,19 +146,12 @@ class InstaFlow(SamplerDistiller):
         losses = Losses(l2=squared_errors(velocity, z - x0).mean())
         if perceptual:
             assert self.features is not None
-            losses.add("features", self.features(self.decoded(z - velocity), self.decoded(x0)))
+            losses.add("features", self.features(self.pictured(z - velocity), self.pictured(x0)))
         return losses
 
     def losses(self, batch: Batch) -> Losses:
         """In a loop of one's own: reflow on pairs."""
         return self.reflow_losses(batch)
-
-    def decoded(self, samples: Tensor) -> Tensor:
-        """Samples as pictures, with gradient, for the feature distance."""
-        if self.pipeline is None:
-            return samples
-        found: Tensor = self.pipeline.decode(samples)
-        return found
 
     @staticmethod
     def pair(batch: Batch) -> tuple[Tensor, Tensor, Any]:

@@ -17,7 +17,7 @@ from limbeck.core.data import Data
 from limbeck.core.errors import InputError
 from limbeck.core.optim import Optimised, make_optimised
 from limbeck.core.stage import Stage, Stepper
-from limbeck.diffusion.conditions import drop
+from limbeck.diffusion.conditions import drop, rows
 from limbeck.diffusion.denoisers import Denoiser
 from limbeck.diffusion.losses import Weight, denoising_loss, edm_weight
 from limbeck.diffusion.onestep import OneStepGenerator
@@ -200,7 +200,7 @@ class ScoreDistiller(SamplerDistiller):
             count: B, where neither says it.
         """
         if z is None:
-            z = self.unit_noise(_size(cond, count or self.config.batch_size))
+            z = self.unit_noise(rows(cond) or count or self.config.batch_size)
         found: Tensor = self.generator(z, cond)
         return found
 
@@ -383,10 +383,3 @@ def spread_times(schedule: Schedule, low: float = 0.0, high: float = 1.0) -> Tim
         ends = [(least + share * (most - least)) ** schedule.rho for share in (low, high)]
         return Karras(ends[0], ends[1], schedule.rho)
     return Uniform.over(schedule, low, high)
-
-
-def _size(cond: Any, otherwise: int) -> int:
-    if cond is None:
-        return otherwise
-    first = next(iter(cond.values())) if isinstance(cond, Mapping) else cond
-    return len(first)

@@ -25,6 +25,7 @@ class SwiftBrush(VariationalDistiller):
 
     Differences: a teacher that does not predict eps has its own training loss in 2., whose weight suits it (our decision; the paper's
     teachers predict eps); :math:`\omega` is the share of noise in the variance, the paper's :math:`\sigma_t^2` for those teachers.
+    Conditions are dropped for each sample by itself, where the published code drops those of a whole batch at once: the same on average.
     The published code guides both sides, which is the default; ``guide_fake=False`` guides the teacher alone, as in 3-D.
 
     See :class:`~limbeck.methods.samplers.score_base.ScoreDistiller` for use without the engine.

@@ -589,3 +589,15 @@ def test_what_cannot_work_is_refused():
         HyperSD(network(), None, task_model=nn.Linear(2, 3), points=16).feedback_losses(
             Batch({"x0": torch.randn(3, 2)})
         )
+
+
+def test_judges_see_what_a_pipelines_decoder_makes() -> None:
+    from limbeck.methods.samplers.feedback_base import FeedbackBase
+
+    whole = FeedbackBase.__new__(FeedbackBase)
+    torch.nn.Module.__init__(whole)
+    whole.decoder, whole.pipeline = None, SimpleNamespace(decode=lambda x: 2 * x)
+    x = torch.randn(3, 2, requires_grad=True)
+    assert torch.equal(whole.pictured(x), 2 * x) and whole.pictured(x).requires_grad
+    whole.decoder = lambda x: 3 * x
+    assert torch.equal(whole.pictured(x), 3 * x)
