@@ -188,6 +188,21 @@ class LoRA(nn.Module):
             yield path, self.base.get_submodule(path), adapter
 
 
+class Adapted(nn.Module):
+    """A network with adapters that are on while it is called, and off else."""
+
+    def __init__(self, lora: LoRA) -> None:
+        super().__init__()
+        self.lora = lora
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        before, self.lora.enabled = self.lora.enabled, True
+        try:
+            return self.lora(*args, **kwargs)
+        finally:
+            self.lora.enabled = before
+
+
 _ROOT = "root"  # the adapter's place where the module itself is the layer
 
 

@@ -48,6 +48,7 @@ _READERS: dict[str, str | Reader] = {
     "graph-dataset": "limbeck.adapters.distilled_graphs:read",
     "sampler": "limbeck.adapters.denoising:read_sampler",
     "field": "limbeck.rendering.fields:read_field",
+    "fields": "limbeck.rendering.particles:read_particles",
     "diffusers-pipeline": "limbeck.adapters.diffusers_students:read_student",
     "guidance-adapters": "limbeck.diffusion.guided:read_adapters",
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.errors import InputError
-from limbeck.diffusion.schedules import Schedule
+from limbeck.diffusion.schedules import EDM, Schedule, VPDiscrete
 
 
 class TimeSampler(Protocol):
@@ -177,3 +177,14 @@ class Fixed:
         self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> Tensor:
         return torch.full((n,), self.t, device=device)
+
+
+def spread_times(schedule: Schedule, low: float = 0.0, high: float = 1.0) -> TimeSampler:
+    """Times between two fractions of a schedule: evenly among a discrete schedule's indices, evenly in time, or for ``edm`` evenly on Karras' grid (rho 7)."""
+    if isinstance(schedule, VPDiscrete):
+        return Discrete(low, high, schedule.steps)
+    if isinstance(schedule, EDM):
+        least, most = schedule.t_min ** (1 / schedule.rho), schedule.t_max ** (1 / schedule.rho)
+        ends = [(least + share * (most - least)) ** schedule.rho for share in (low, high)]
+        return Karras(ends[0], ends[1], schedule.rho)
+    return Uniform.over(schedule, low, high)

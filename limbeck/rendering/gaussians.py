@@ -3,7 +3,8 @@ r"""Scenes of 3-D Gaussians: what is stored, what it means, and colours that dep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,16 @@ SH_C0 = 0.28209479177387814
 """Y_00 = 1/(2 sqrt(pi)): a base colour c is stored as (c - 0.5)/Y_00."""
 
 MAX_DEGREE = 3
+
+GSPLAT = {
+    "means": "means",
+    "scales": "log_scales",
+    "quats": "quats",
+    "opacities": "opacity_logits",
+    "sh0": "sh0",
+    "shN": "sh_rest",
+}
+"""gsplat's names of the parameters, and ours; both hold scales as logarithms and opacities as logits."""
 
 
 def sh_basis(directions: Tensor, degree: int) -> Tensor:
@@ -149,6 +160,34 @@ class Gaussians(nn.Module):
         log_scales = neighbour_distance(points).log()[:, None].expand(count, 3)
         quats = points.new_tensor([1.0, 0, 0, 0]).expand(count, 4)
         return cls(points, log_scales, quats, points.new_full((count,), math.log(opacity / (1 - opacity))), sh)
+
+    @classmethod
+    def from_gsplat(cls, params: Mapping[str, Any]) -> Gaussians:
+        """Gaussians from the parameters that gsplat's trainers keep: ``means`` (N, 3), ``scales`` (N, 3) as logarithms, ``quats`` (N, 4) as
+        (w, x, y, z), ``opacities`` (N,) as logits, ``sh0`` (N, 1, 3) and ``shN`` (N, K, 3), which may be missing.
+
+        Args:
+            params: a dictionary, a ``ParameterDict``, or a checkpoint that has one under ``splats``. Values are copied.
+
+        Raises:
+            InputError: a parameter is missing, or of another shape.
+        """
+        splats = params.get("splats", params)
+        missing = [name for name in GSPLAT if name != "shN" and name not in splats]
+        if missing:
+            hint = " (colours that a network decodes are not read)" if "sh0" in missing and "colors" in splats else ""
+            raise InputError(f"gsplat's parameters lack {', '.join(missing)}: there are {', '.join(splats)}{hint}")
+        sh0 = splats["sh0"]
+        rest = splats["shN"] if "shN" in splats else sh0[:, :0]
+        if sh0.ndim != 3 or rest.ndim != 3 or sh0.shape[1] != 1:
+            raise InputError(f"sh0 is (N, 1, 3) and shN (N, K, 3), not {tuple(sh0.shape)} and {tuple(rest.shape)}")
+        logits = splats["opacities"]
+        logits = logits[:, 0] if logits.ndim == 2 and logits.shape[1] == 1 else logits
+        return cls(splats["means"], splats["scales"], splats["quats"], logits, torch.cat([sh0, rest], 1))
+
+    def to_gsplat(self) -> dict[str, nn.Parameter]:
+        """The parameters under gsplat's names: the same tensors, not copies, so that what trains them there trains them here."""
+        return {theirs: getattr(self, ours) for theirs, ours in GSPLAT.items()}
 
     def __len__(self) -> int:
         return len(self.means)

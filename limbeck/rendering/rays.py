@@ -2,13 +2,14 @@ r"""Rays: from pixels through a lens into a box, and where along them to sample.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from limbeck.core.errors import InputError
 
+Spacing = Literal["linear", "disparity"]
 FLAT = 1e-9  # a direction's component smaller than this counts as this, so that a slab's entry stays finite
 
 
@@ -113,12 +114,20 @@ def intersect_box(
 
 
 def stratified(
-    entry: Tensor, leave: Tensor, samples: int, perturb: bool = False, generator: torch.Generator | None = None
+    entry: Tensor,
+    leave: Tensor,
+    samples: int,
+    perturb: bool = False,
+    generator: torch.Generator | None = None,
+    spacing: Spacing = "linear",
 ) -> tuple[Tensor, Tensor]:
-    r"""One sample per equal bin: :math:`t_i = near + (far - near)(i + u_i)/S`, u uniform in [0, 1), or 0.5 without ``perturb``.
+    r"""One sample per bin: :math:`t_i = near + (far - near)(i + u_i)/S`, u uniform in [0, 1), or 0.5 without ``perturb``.
+
+    With ``spacing="disparity"`` the bins are equal in 1/t instead, short near the camera and long far away:
+    :math:`1/t_i = (1 - s_i)/near + s_i/far` with :math:`s_i = (i + u_i)/S`.
 
     Args:
-        entry, leave: (R,). samples: S >= 1. perturb: jitter, for training. generator: of the jitter.
+        entry, leave: (R,), above 0 for disparity. samples: S >= 1. perturb: jitter, for training. generator: of the jitter.
 
     Returns:
         t (R, S) and delta (R, S), the widths of the bins.
@@ -130,9 +139,32 @@ def stratified(
         u = torch.rand(shape, generator=generator, dtype=entry.dtype, device=entry.device)
     else:
         u = torch.full(shape, 0.5, dtype=entry.dtype, device=entry.device)
-    width = ((leave - entry) / samples)[:, None]
     steps = torch.arange(samples, dtype=entry.dtype, device=entry.device)
+    if spacing != "linear":
+        edges = bin_edges(entry, leave, samples, spacing)
+        return _by_disparity((steps + u) / samples, entry, leave), edges.diff()
+    width = ((leave - entry) / samples)[:, None]
     return entry[:, None] + width * (steps + u), width.expand(shape)
+
+
+def bin_edges(entry: Tensor, leave: Tensor, samples: int, spacing: Spacing = "linear") -> Tensor:
+    """Ends (R, S + 1) of the bins that :func:`stratified` draws from.
+
+    Raises:
+        InputError: another spacing; disparities of a ray that begins at 0.
+    """
+    share = torch.linspace(0, 1, samples + 1, dtype=entry.dtype, device=entry.device)
+    if spacing == "linear":
+        return entry[:, None] + (leave - entry)[:, None] * share
+    if spacing != "disparity":
+        raise InputError(f"samples are spaced linear or by disparity, not '{spacing}'")
+    if not bool((entry > 0).all()):
+        raise InputError("samples spaced by disparity begin at a distance above 0: raise near")
+    return _by_disparity(share.expand(len(entry), -1), entry, leave)
+
+
+def _by_disparity(share: Tensor, entry: Tensor, leave: Tensor) -> Tensor:
+    return 1 / ((1 - share) / entry[:, None] + share / leave[:, None])
 
 
 def hierarchical(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,83 +26,11 @@ from torch.autograd.function import once_differentiable
 
 from limbeck.core.errors import InputError
 from limbeck.rendering.gaussians import Gaussians, rotations
+from limbeck.rendering.views import View, view_of
 
 LOW_PASS = 0.3
 """Added to the variances on the image, in square pixels: nothing is thinner than about a pixel."""
 MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99
-
-
-@dataclass(frozen=True)
-class View:
-    """One pinhole camera with OpenCV axes (+x right, +y down, +z forward), lengths in pixels.
-
-    Attributes:
-        viewmat: world-to-camera (4, 4). fx, fy, cx, cy: intrinsics. width, height: of the image. near, far: depths drawn.
-    """
-
-    viewmat: Tensor
-    fx: float
-    fy: float
-    cx: float
-    cy: float
-    width: int
-    height: int
-    near: float = 0.01
-    far: float = 1e10
-
-    def __post_init__(self) -> None:
-        if self.viewmat.shape != (4, 4):
-            raise InputError(f"a view matrix is (4, 4), not {tuple(self.viewmat.shape)}")
-        turn = self.viewmat[:3, :3].detach().double()
-        if not bool(torch.isfinite(self.viewmat).all()):
-            raise InputError("the view matrix contains NaN or infinity")
-        if float((turn @ turn.T - torch.eye(3).to(turn)).abs().max()) > 1e-3 or float(torch.linalg.det(turn)) < 0:
-            raise InputError("the view matrix is no rotation and translation: remove scale, shear or mirroring first")
-        if min(self.width, self.height) < 1 or not min(self.fx, self.fy) > 0:
-            raise InputError(
-                f"an image has a size and focal lengths above 0 (got {self.width}x{self.height}, fx {self.fx}, fy {self.fy})"
-            )
-        if not 0 < self.near < self.far:
-            raise InputError(f"near and far obey 0 < near < far (got {self.near} and {self.far})")
-
-    @property
-    def centre(self) -> Tensor:
-        """The position of the camera (3,), world units."""
-        return -self.viewmat[:3, :3].T @ self.viewmat[:3, 3]
-
-
-def view_of(cameras: Any, index: int | None = None) -> View:
-    """One camera of ``limbeck.rendering.cameras.Cameras`` (OpenGL axes) as a :class:`View`.
-
-    Args:
-        cameras: anything with c2w (N, 4, 4), fx, fy, cx, cy (N,), width, height, near, far. index: which; may be None if N = 1.
-
-    Raises:
-        InputError: several cameras and no index, no such index, a lens with distortion.
-    """
-    if isinstance(cameras, View):
-        return cameras
-    count = len(cameras.c2w)
-    if index is None and count != 1:
-        raise InputError(f"splatting draws one camera at a time and got {count}: say which with index=")
-    which = 0 if index is None else index
-    if not -count <= which < count:
-        raise InputError(f"there is no camera {which} among {count}")
-    distortion = getattr(cameras, "distortion", None)
-    if distortion is not None and bool((torch.as_tensor(distortion) != 0).any()):
-        raise InputError("splatting draws pinhole cameras only: undistort the images and drop the distortion first")
-
-    def number(name: str) -> float:
-        value = torch.as_tensor(getattr(cameras, name))
-        return float(value.expand(count)[which] if value.ndim <= 1 else value.flatten()[which])
-
-    c2w = cameras.c2w[which]
-    flipped = c2w * c2w.new_tensor([1, -1, -1, 1])  # the columns up and back become down and forward
-    turn = flipped[:3, :3].T
-    viewmat = torch.eye(4).to(c2w)
-    viewmat = torch.cat([torch.cat([turn, -(turn @ flipped[:3, 3:])], 1), viewmat[3:]], 0)
-    lens = {name: number(name) for name in ("fx", "fy", "cx", "cy", "near", "far")}
-    return View(viewmat=viewmat, width=int(cameras.width), height=int(cameras.height), **lens)
 
 
 @dataclass
@@ -333,20 +261,21 @@ def rasterise(
     return image[..., :-1], image[..., -1]
 
 
-def by_gsplat(gaussians: Gaussians, channels: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def by_gsplat(
+    means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, channels: Tensor, view: View
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same picture by ``gsplat.rasterization``: channels and accumulated depth (H, W, C + 1), alpha (H, W), radii (N,),
     centres (1, N, 2), whose gradient is kept."""
     try:
         from gsplat import rasterization
     except ImportError:
         raise InputError("backend='gsplat' needs gsplat: pip install gsplat, or use backend='torch'") from None
-    means = gaussians.means
     lens = means.new_tensor([[view.fx, 0, view.cx], [0, view.fy, view.cy], [0, 0, 1]])
     image, alpha, meta = rasterization(
         means=means,
-        quats=gaussians.quats,
-        scales=gaussians.scales,
-        opacities=gaussians.opacities,
+        quats=quats,
+        scales=scales,
+        opacities=opacities,
         colors=channels,
         viewmats=view.viewmat.to(means)[None],
         Ks=lens[None],
@@ -365,6 +294,61 @@ def by_gsplat(gaussians: Gaussians, channels: Tensor, view: View) -> tuple[Tenso
     return image[0], alpha[0, ..., 0], radii if radii.ndim == 1 else radii.amax(-1), centres
 
 
+def splat_tensors(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    channels: Tensor,
+    view: View,
+    background: Tensor | float = 0.0,
+    *,
+    tile: int = 8,
+    budget: int = 4_000_000,
+    backend: str = "auto",
+) -> Splat:
+    """Draw Gaussians that are given by activated tensors, differentiable in all of them; none at all give the background.
+
+    Args:
+        means: (N, 3). quats: (N, 4) (w, x, y, z). scales: (N, 3) standard deviations. opacities: (N,) in [0, 1].
+        channels: (N, 3 + F), a colour and what else to blend. view: the camera. background: grey value, or colour (3,).
+        tile, budget: see :func:`rasterise`. backend: see :func:`splat`.
+
+    Raises:
+        InputError: tensors that are not finite or of other shapes, an unknown backend.
+    """
+    given = {"means": (means, 3), "quats": (quats, 4), "scales": (scales, 3), "opacities": (opacities, 0)}
+    for name, (values, width) in {**given, "channels": (channels, max(3, channels.shape[-1]))}.items():
+        expected = (len(means), width) if width else (len(means),)
+        if values.shape != expected:
+            raise InputError(f"{name} of {len(means)} Gaussians must be {expected}, not {tuple(values.shape)}")
+        if not bool(torch.isfinite(values).all()):
+            raise InputError(f"{name} of the Gaussians contain NaN or infinity: lower the learning rate or prune them")
+    colour = torch.as_tensor(background, dtype=means.dtype, device=means.device)
+    if colour.shape not in ((), (3,)):
+        raise InputError(f"a background is a number or a colour (3,), not {tuple(colour.shape)}")
+    if backend not in ("auto", "torch", "gsplat"):
+        raise InputError(f"a backend of splatting is auto, torch or gsplat, not '{backend}'")
+    if backend == "gsplat" or (backend == "auto" and means.is_cuda and importlib.util.find_spec("gsplat") is not None):
+        image, alpha, radii, means2d = by_gsplat(means, quats, scales, opacities, channels, view)
+    else:
+        found = project(means, quats, scales, opacities, view)
+        means2d = found.means2d
+        if means2d.requires_grad:
+            means2d.retain_grad()
+        drawn = torch.cat([channels, found.depths[:, None]], 1)
+        image, left = rasterise(found, opacities, drawn, view, tile=tile, budget=budget)
+        alpha, radii = 1 - left, found.extents.amax(1)
+    return Splat(
+        rgb=image[..., :3] + (1 - alpha)[..., None] * colour,
+        alpha=alpha,
+        depth=image[..., -1],
+        radii=radii,
+        means2d=means2d,
+        features=image[..., 3:-1] if channels.shape[1] > 3 else None,
+    )
+
+
 def splat(
     gaussians: Gaussians,
     camera: Any,
@@ -373,17 +357,16 @@ def splat(
     index: int | None = None,
     sh_degree: int | None = None,
     features: Tensor | None = None,
-    tile: int = 8,
-    budget: int = 4_000_000,
-    backend: str = "auto",
+    **options: Any,
 ) -> Splat:
     """Draw Gaussians as a camera sees them, differentiable in all their parameters.
 
     Args:
         gaussians: the scene. camera: a :class:`View`, or ``Cameras`` of which ``index`` chooses one.
         background: grey value, or colour (3,). sh_degree: highest degree of the harmonics to use, all by default.
-        features: further channels (N, F) to blend. tile, budget: see :func:`rasterise`.
-        backend: ``auto`` uses gsplat where it is installed and the Gaussians are on a GPU; ``torch`` never does.
+        features: further channels (N, F) to blend.
+        options: ``tile`` and ``budget`` of :func:`rasterise`; ``backend``: ``auto`` uses gsplat where it is installed and the Gaussians
+            are on a GPU, ``torch`` never does.
 
     Raises:
         InputError: parameters that are not finite, another shape of background or features, an unfit camera.
@@ -393,33 +376,46 @@ def splat(
     for name, values in gaussians.named_parameters():
         if not bool(torch.isfinite(values).all()):
             raise InputError(f"{name} of the Gaussians contain NaN or infinity: lower the learning rate or prune them")
-    colour = torch.as_tensor(background, dtype=means.dtype, device=means.device)
-    if colour.shape not in ((), (3,)):
-        raise InputError(f"a background is a number or a colour (3,), not {tuple(colour.shape)}")
     if features is not None and (features.ndim != 2 or len(features) != len(means)):
         raise InputError(f"features must be ({len(means)}, F) like the Gaussians, not {tuple(features.shape)}")
-    if backend not in ("auto", "torch", "gsplat"):
-        raise InputError(f"a backend of splatting is auto, torch or gsplat, not '{backend}'")
     channels = gaussians.colours(view.centre.to(means), sh_degree)
     if features is not None:
         channels = torch.cat([channels, features.to(channels)], 1)
-    if backend == "gsplat" or (backend == "auto" and means.is_cuda and importlib.util.find_spec("gsplat") is not None):
-        image, alpha, radii, means2d = by_gsplat(gaussians, channels, view)
-    else:
-        opacities = gaussians.opacities
-        found = project(means, gaussians.quats, gaussians.scales, opacities, view)
-        means2d = found.means2d
-        if means2d.requires_grad:
-            means2d.retain_grad()
-        image, left = rasterise(
-            found, opacities, torch.cat([channels, found.depths[:, None]], 1), view, tile=tile, budget=budget
-        )
-        alpha, radii = 1 - left, found.extents.amax(1)
-    return Splat(
-        rgb=image[..., :3] + (1 - alpha)[..., None] * colour,
-        alpha=alpha,
-        depth=image[..., -1],
-        radii=radii,
-        means2d=means2d,
-        features=None if features is None else image[..., 3:-1],
+    return splat_tensors(
+        means, gaussians.quats, gaussians.scales, gaussians.opacities, channels, view, background, **options
     )
+
+
+def splat_cameras(
+    gaussians: Gaussians,
+    cameras: Any,
+    ids: Iterable[int] | None = None,
+    background: Tensor | float = 0.0,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Draw Gaussians from several cameras, one after the other.
+
+    Args:
+        gaussians, background, options: of :func:`splat`. cameras: ``Cameras``. ids: which of them, all by default.
+
+    Returns:
+        rgb (B, H, W, 3), opacity (B, H, W), accumulated depth (B, H, W), and features (B, H, W, F) where they are given.
+    """
+    which = range(len(cameras)) if ids is None else [int(i) for i in ids]
+    return stacked([splat(gaussians, cameras, background, index=i, **options) for i in which])
+
+
+def stacked(drawn: Sequence[Splat]) -> dict[str, Tensor]:
+    """Several pictures of one size as rgb (B, H, W, 3), opacity and depth (B, H, W), and features (B, H, W, F) if all have them.
+
+    Raises:
+        InputError: no picture.
+    """
+    if not drawn:
+        raise InputError("no camera was chosen: name one or more")
+    found = {"rgb": "rgb", "opacity": "alpha", "depth": "depth", "features": "features"}
+    return {
+        name: torch.stack([getattr(one, part) for one in drawn])
+        for name, part in found.items()
+        if getattr(drawn[0], part) is not None
+    }

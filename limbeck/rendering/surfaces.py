@@ -1,10 +1,12 @@
-"""Surfaces of density fields: a triangle mesh by marching cubes, with normals, in formats that every viewer opens."""
+"""Density fields for other programs: a triangle mesh by marching cubes, with normals, or a grid of densities."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -99,3 +101,64 @@ def extract_mesh(field: VolumeField, threshold: float | None = None, resolution:
         torch.from_numpy(faces.copy()).long().flip(1)
     )  # marching cubes winds them clockwise here, seen from outside
     return Mesh(vertices, triangles, outward, colours.float().cpu())
+
+
+def export_field(
+    field: VolumeField,
+    path: str | Path,
+    resolution: int = 128,
+    threshold: float | None = None,
+    occupancy: Tensor | None = None,
+) -> Path:
+    """Write a field for other programs, as the path says.
+
+    ==========================  =============================================================================================
+    a folder (no ending)        weights and constructor, which ``load_field`` reads: everything there is
+    ``.npz``                    ``density`` (R, R, R) indexed [x, y, z] with outer points on the box's faces, ``occupancy`` (bool),
+                                ``aabb`` (2, 3): see :func:`load_grid`
+    ``.ply``, ``.obj``, ``.glb``  a coloured triangle mesh: see :func:`extract_mesh`
+    ==========================  =============================================================================================
+
+    Args:
+        path: where to. resolution: R, lattice points an axis of grid and mesh.
+        threshold: density of the surface (None: the mean), and above which a cell of the grid counts as occupied (None: 0.01).
+        occupancy: (M, M, M) bool, cells that are occupied, of an ``OccupancyGrid`` for one; None: from the density.
+
+    Returns:
+        the path.
+
+    Raises:
+        InputError: another ending, NaN weights, no surface there. RunError: it cannot be written.
+    """
+    target = Path(path)
+    ending = target.suffix.lower()
+    if target.is_dir() or not ending:
+        field.save(target)
+    elif ending == ".npz":
+        density = density_grid(field, resolution).float().cpu()
+        full = density > (0.01 if threshold is None else threshold) if occupancy is None else occupancy.bool().cpu()
+        with atomic_path(target) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(
+                file, density=density.numpy(), occupancy=full.numpy(), aabb=field.aabb.float().cpu().numpy()
+            )
+    elif ending in FORMATS:
+        extract_mesh(field, threshold, resolution).export(target)
+    else:
+        raise InputError(f"a field is written as a folder, .npz, {', '.join(FORMATS)} (got '{target.name}')")
+    return target
+
+
+def load_grid(path: str | Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Density (R, R, R), occupancy (M, M, M) bool and box (2, 3) that :func:`export_field` wrote as ``.npz``.
+
+    Raises:
+        InputError: no such file, another kind of file, or one that is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            density, occupancy, aabb = (torch.from_numpy(file[name]) for name in ("density", "occupancy", "aabb"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: is the path the right one?") from None
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, AttributeError, TypeError):
+        raise InputError(f"{path} holds no density grid: export the field to .npz again") from None
+    return density, occupancy, aabb

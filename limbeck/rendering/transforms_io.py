@@ -14,6 +14,7 @@ from torch import Tensor
 from limbeck.core.errors import InputError
 from limbeck.core.files import read_json, write_json
 from limbeck.rendering.cameras import Cameras, check_poses, focal_from_fov
+from limbeck.rendering.pictures import picture_size, read_pictures, reduced
 
 LENS = ("k1", "k2", "k3", "p1", "p2")
 SUFFIXES = ("", ".png", ".jpg", ".jpeg")  # NeRF-synthetic leaves the suffix out
@@ -65,8 +66,6 @@ def read_transforms(
     frames = data.get("frames") if isinstance(data, dict) else None
     if not isinstance(frames, list) or not frames:
         raise InputError(f"{file} has no 'frames': is it a NeRF transforms file?")
-    if reduce < 1:
-        raise InputError(f"reduce is a whole factor of 1 or more (got {reduce})")
     names = [_name(file, i, frame) for i, frame in enumerate(frames)]
     c2w = _poses(file, frames, names)
     merged = [{**{k: v for k, v in data.items() if k != "frames"}, **frame} for frame in frames]
@@ -77,8 +76,8 @@ def read_transforms(
     paths = _files(file, names) if images or not sized else [file.parent / n for n in names]
     pictures = alpha = None
     if images:
-        pictures, alpha = _pictures(paths, background)
-    sizes = [(int(m["w"]), int(m["h"])) for m in merged] if sized else [_size(p) for p in paths]
+        pictures, alpha = read_pictures(paths, background)
+    sizes = [(int(m["w"]), int(m["h"])) for m in merged] if sized else [picture_size(p) for p in paths]
     if len(set(sizes)) > 1:
         raise InputError(
             f"{file} mixes picture sizes ({sizes[0]} and others): split it or resize the pictures to one size"
@@ -95,12 +94,7 @@ def read_transforms(
         c2w, focal[:, 0], focal[:, 1], centre[:, 0], centre[:, 1], width, height, near, far,
         distortion=lens if bool(lens.any()) else None,
     )  # fmt: skip
-    if reduce > 1:
-        if width % reduce or height % reduce:
-            raise InputError(f"{width} x {height} is not divisible by reduce = {reduce}")
-        cameras = cameras.resized(width // reduce, height // reduce)
-        pictures = None if pictures is None else _shrunk(pictures, reduce)
-        alpha = None if alpha is None else _shrunk(alpha[..., None], reduce)[..., 0]
+    cameras, pictures, alpha = reduced(cameras, pictures, alpha, reduce)
     applied = data.get("applied_transform")
     return Views(
         cameras, pictures, alpha, paths, data.get("aabb_scale"), None if applied is None else torch.tensor(applied)
@@ -200,34 +194,3 @@ def _files(file: Path, names: list[str]) -> list[Path]:
             f"{len(missing)} of {len(names)} pictures of {file} are missing ({listed}): restore them or remove their frames"
         )
     return found
-
-
-def _size(path: Path) -> tuple[int, int]:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return picture.size
-
-
-def _pictures(paths: list[Path], background: tuple[float, float, float]) -> tuple[Tensor, Tensor | None]:
-    from PIL import Image, UnidentifiedImageError
-
-    arrays = []
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                arrays.append(np.asarray(picture.convert("RGBA")))
-        except (UnidentifiedImageError, OSError):
-            raise InputError(f"{path} is not a readable picture: it was changed or damaged") from None
-    other = next((p for p, a in zip(paths, arrays, strict=True) if a.shape != arrays[0].shape), None)
-    if other is not None:
-        raise InputError(f"{other} has another size than {paths[0]}: resize the pictures to one size")
-    values = torch.from_numpy(np.stack(arrays)).float() / 255
-    rgb, alpha = values[..., :3], values[..., 3]
-    if bool((alpha == 1).all()):
-        return rgb.contiguous(), None
-    return rgb * alpha[..., None] + (1 - alpha[..., None]) * torch.tensor(background), alpha
-
-
-def _shrunk(pictures: Tensor, factor: int) -> Tensor:
-    return torch.nn.functional.avg_pool2d(pictures.movedim(-1, 1), factor).movedim(1, -1)

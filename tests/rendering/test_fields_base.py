@@ -22,6 +22,7 @@ SMALL = {
     "hash": {"levels": 3, "log2_size": 9, "finest": 24, "hidden": 16},
     "vm": {"resolution": 9, "rank": 2, "colour_rank": 3, "hidden": 16},
     "voxels": {"resolution": 6, "sh_degree": 2},
+    "triplane": {"resolution": 9, "features": 5, "hidden": 16},
 }
 every = pytest.mark.parametrize("family", list(FAMILIES))
 
@@ -148,6 +149,7 @@ def test_param_groups(family: str):
             "hash": {"encoding": 1e-2, "decoder": 1e-3},
             "vm": {"encoding": 1e-2, "decoder": 1e-3},
             "voxels": {"encoding": 1e-2},
+            "triplane": {"encoding": 1e-2, "decoder": 1e-3},
         }[family]
     )
     assert all(group["eps"] == (1e-15 if family == "hash" else 1e-8) for group in groups)

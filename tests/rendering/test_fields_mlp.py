@@ -33,7 +33,7 @@ def test_the_network_by_numpy(skip: int | None):
     def head(values: np.ndarray, name: str, layers: int) -> np.ndarray:
         for i in range(layers):
             values = np.maximum(values, 0) if i else values
-            values = values @ p[f"{name}.{2 * i}.weight"].T + p[f"{name}.{2 * i}.bias"]
+            values = values @ p[f"{name}.{2 * i}.weight"].T
         return values
 
     geometry = head(h, "geometry_head", 2)

@@ -78,6 +78,34 @@ def test_colours_depend_on_the_direction():
     assert float(scene.colours(torch.tensor([0.0, 0, -2])).max()) == 0
 
 
+def gsplat_parameters(count: int = 4, rest: int = 8) -> dict[str, torch.Tensor]:
+    shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (rest, 3)}
+    return {name: torch.randn(count, *shape) for name, shape in shapes.items()}
+
+
+def test_gsplat_parameters_are_ours_under_other_names():
+    params = gsplat_parameters()
+    for given in (params, {"step": 7, "splats": params}, torch.nn.ParameterDict(params)):
+        scene = Gaussians.from_gsplat(given)
+        torch.testing.assert_close(scene.scales, params["scales"].exp())
+        torch.testing.assert_close(scene.opacities, params["opacities"].sigmoid())
+        assert scene.sh_degree == 2 and scene.sh.equal(torch.cat([params["sh0"], params["shN"]], 1))
+        back = scene.to_gsplat()
+        assert all(back[name].equal(value) for name, value in params.items())
+    back["opacities"].data.fill_(0.0)
+    assert scene.opacities.tolist() == [0.5] * 4, "what changes there changes here"
+    assert not bool((params["opacities"] == 0).any()), "what was given stays as it was"
+    del params["shN"]
+    params["opacities"] = params["opacities"][:, None]
+    assert Gaussians.from_gsplat(params).sh_degree == 0
+    with pytest.raises(InputError, match="lack sh0: there are means, .*colors .colours that a network decodes"):
+        Gaussians.from_gsplat({**{k: v for k, v in params.items() if k != "sh0"}, "colors": params["means"]})
+    with pytest.raises(InputError, match="sh0 is"):
+        Gaussians.from_gsplat({**params, "sh0": params["means"]})
+    with pytest.raises(InputError, match="quats of 4"):
+        Gaussians.from_gsplat({**params, "quats": params["means"]})
+
+
 def test_bad_input_is_named():
     with pytest.raises(InputError, match="NaN or infinity"):
         Gaussians.from_points(torch.tensor([[0.0, float("nan"), 0]]))

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from limbeck.core.errors import InputError
-from limbeck.rendering.fields import VoxelField
-from limbeck.rendering.surfaces import density_grid, extract_mesh
+from limbeck.rendering.fields import VoxelField, load_field
+from limbeck.rendering.surfaces import density_grid, extract_mesh, load_grid
+from limbeck.rendering.volume import OccupancyGrid
 
 torch.set_num_threads(1)
 pytest.importorskip("skimage")
@@ -54,6 +55,48 @@ def test_files(tmp_path: Path, ending: str):
         wanted = np.stack([wanted[:, 0], wanted[:, 2], -wanted[:, 1]], 1)
     np.testing.assert_allclose(again.vertices, wanted, atol=1e-5)
     assert len(again.faces) == len(mesh.faces)
+
+
+@pytest.mark.parametrize("name", ["ball", "ball.npz", "ball.ply", "ball.obj", "ball.glb"])
+def test_export_follows_the_path(tmp_path: Path, name: str):
+    field, path = ball(), tmp_path / "new" / name
+    assert field.export(path, 21, 1.0) == path
+    if not path.suffix:
+        torch.testing.assert_close(load_field(path).state_dict(), field.state_dict())
+    elif path.suffix == ".npz":
+        density, occupancy, aabb = load_grid(path)
+        torch.testing.assert_close(density, density_grid(field, 21))
+        assert occupancy.equal(density > 1.0) and aabb.equal(field.aabb)
+        radius = torch.stack(
+            torch.meshgrid(*(torch.linspace(*s, 21) for s in ((-1, 1), (-1, 1), (-1, 2))), indexing="ij")
+        ).norm(dim=0)
+        assert occupancy.equal(radius < 0.6) or float((occupancy != (radius < 0.6)).float().mean()) < 0.01
+    else:
+        mesh = trimesh.load(path, force="mesh", process=False)
+        assert len(mesh.faces) == len(extract_mesh(field, 1.0, 21).faces)
+
+
+def test_an_export_carries_the_grid_that_was_trained_with(tmp_path: Path):
+    field = ball()
+    grid = OccupancyGrid(field.aabb, 8)
+    grid.refresh(field)
+    field.export(tmp_path / "ball.npz", 5, occupancy=grid.occupied)
+    assert load_grid(tmp_path / "ball.npz")[1].equal(grid.occupied) and not bool(grid.occupied.all())
+
+
+def test_damaged_grids_and_endings_are_named(tmp_path: Path):
+    path = tmp_path / "ball.npz"
+    ball().export(path, 5)
+    path.write_bytes(path.read_bytes()[:100])
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for damaged in ("ball.npz", "other.npz", "one.npy"):
+        with pytest.raises(InputError, match="holds no density grid"):
+            load_grid(tmp_path / damaged)
+    with pytest.raises(InputError, match="does not exist"):
+        load_grid(tmp_path / "none.npz")
+    with pytest.raises(InputError, match=r"written as a folder, .npz, .ply, .obj, .glb \(got 'ball.pt'\)"):
+        ball().export(tmp_path / "ball.pt")
 
 
 def test_bad_input_is_named(tmp_path: Path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import InputError
-from limbeck.rendering import volume
+from limbeck.rendering import nerfacc_backend, volume
 from limbeck.rendering.cameras import orbit
+from limbeck.rendering.fields import FAMILIES, build_field
+from limbeck.rendering.nerfacc_backend import use_nerfacc
 from limbeck.rendering.rays import Rays
 from limbeck.rendering.volume import OccupancyGrid, composite, packed_weights, render_image, render_rays, weights_of
 
@@ -33,7 +36,8 @@ class Fog(nn.Module):
         return {"sigma": full}
 
     def forward(self, x: Tensor, d: Tensor) -> dict[str, Tensor]:
-        return {**self.density(x), "rgb": 0.5 + 0.4 * torch.sin(3 * x)}
+        ids = (x[:, :1] > 0).float()
+        return {**self.density(x), "rgb": 0.5 + 0.4 * torch.sin(3 * x), "feature": None, "ids": ids, "side": ids[:, 0]}
 
 
 def across() -> Rays:
@@ -145,6 +149,85 @@ def test_images_do_not_depend_on_chunks_and_carry_gradients():
     torch.testing.assert_close(sky, torch.tensor([1.0, 0, 0]))
 
 
+def test_features_are_blended_with_the_weights_of_the_colours():
+    """A name of what the field gives, a function of points and directions, or the field's own feature; over zeros."""
+    field, cameras = Fog(3.0, 0.5), orbit([0.0, 90.0], 10.0, 3.0, 45.0, 6, 5)
+    rays = cameras.rays(0)
+    colours = render_rays(field, rays, samples=16, background=0.0, features=lambda x, d: field(x, d)["rgb"])
+    torch.testing.assert_close(colours["features"], colours["rgb"])
+    assert "features" not in render_rays(field, rays, samples=16)
+    halves = render_rays(field, rays, samples=16, features="ids")
+    front = (halves["weights"] * (halves["points"][..., 0] > 0)).sum(-1, keepdim=True)
+    torch.testing.assert_close(halves["features"], front)
+    torch.testing.assert_close(render_rays(field, rays, samples=16, features="side")["features"], front)
+    picture = render_image(field, cameras, samples=16, features="ids", chunk=7)["features"]
+    assert picture.shape == (2, 5, 6, 1)
+    torch.testing.assert_close(picture[0].flatten(), front.flatten())
+    learned = build_field("hash", {"levels": 2, "log2_size": 8, "finest": 16, "hidden": 8})
+    found = render_rays(learned, rays, samples=16, features=True)
+    asked = found["points"].abs().amax(-1) <= 1
+    own = learned.density(found["points"][asked])["feature"]
+    dense = torch.zeros(*asked.shape, 16).masked_scatter(asked[..., None], own)
+    torch.testing.assert_close(found["features"], (found["weights"][..., None] * dense).sum(1))
+    found["features"].sum().backward()
+    assert learned.encoding.table.grad is not None and bool(learned.encoding.table.grad.any())
+    for wrong, told in (
+        (True, "Fog gives no 'feature' to render: it gives sigma, rgb, ids, side"),
+        ("nothing", "no 'nothing'"),
+        (lambda x, d: x[:3], r"the features of \d+ points must be"),
+        (lambda x, d: x * float("nan"), "Fog gives NaN"),
+    ):
+        with pytest.raises(InputError, match=told):
+            render_rays(field, rays, features=wrong)
+
+
+def test_given_weights_and_backends():
+    g = torch.Generator().manual_seed(0)
+    sigma, delta, rgb, t = (torch.rand(s, generator=g) for s in ((4, 6), (4, 6), (4, 6, 3), (4, 6)))
+    own = composite(sigma, rgb, t, delta, torch.ones(4, 3))
+    given = composite(sigma, rgb, t, delta, torch.ones(4, 3), weights=weights_of(sigma, delta)[0])
+    for name, value in own.items():
+        torch.testing.assert_close(given[name], value)
+    field = Fog(3.0, 0.5)
+    for backend in ("auto", "torch"):
+        assert render_rays(field, across(), backend=backend)["rgb"].equal(render_rays(field, across())["rgb"])
+    assert not use_nerfacc("auto", torch.device("cpu"))
+    with pytest.raises(InputError, match="auto, torch or nerfacc, not 'cuda'"):
+        render_rays(field, across(), backend="cuda")
+
+
+def test_nerfacc_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "nerfacc", None)
+    nerfacc_backend._obstacle.cache_clear()
+    with pytest.raises(
+        InputError, match="backend='nerfacc' needs nerfacc: pip install nerfacc, or use backend='torch'"
+    ):
+        render_rays(Fog(), across(), backend="nerfacc")
+    nerfacc_backend._obstacle.cache_clear()
+
+
+def test_nerfacc_follows_the_same_rule():
+    """Its own batched form on any machine; its packed kernels where there is a GPU."""
+    nerfacc = pytest.importorskip("nerfacc")
+    sigma, delta = torch.rand(50, 8) * 20, torch.rand(50, 8)
+    theirs, _, _ = nerfacc.render_weight_from_density(torch.zeros_like(delta), delta, sigma)
+    torch.testing.assert_close(weights_of(sigma, delta)[0], theirs, atol=1e-5, rtol=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="needs rays on a GPU"):
+            render_rays(Fog(), across(), backend="nerfacc")
+        return
+    field, rays = Fog(30.0, 0.5).cuda(), Rays(*(part.cuda() for part in orbit([20.0], 25.0, 3.0, 45.0, 24, 24).rays(0)))
+    grid = OccupancyGrid(field.aabb, 32).cuda()
+    grid.refresh(field)
+    both = {}
+    for backend in ("torch", "nerfacc"):
+        found = render_rays(field, rays, occupancy=grid, backend=backend)
+        (slope,) = torch.autograd.grad(found["rgb"].sum(), field.sigma)
+        both[backend] = (found["rgb"], found["depth"], found["weights"], slope)
+    for ours, kernels in zip(both["torch"], both["nerfacc"], strict=True):
+        torch.testing.assert_close(kernels, ours, atol=1e-3, rtol=1e-3)
+
+
 def test_regularisers_by_hand():
     o = torch.tensor([0.0, 0.5, 1.0])
     assert float(volume.sparsity(o)) == pytest.approx((0.1 + math.sqrt(0.26) + math.sqrt(1.01)) / 3)
@@ -172,3 +255,22 @@ def test_bad_input_is_named():
         render_rays(Fog(), across(), background=torch.zeros(5))
     with pytest.raises(InputError, match="occupancy grid"):
         OccupancyGrid(torch.zeros(2, 3), 0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_rendering_a_damaged_field_says_so_in_one_line(family: str, training: bool):
+    field = build_field(family).train(training)
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter.fill_(torch.nan)
+    named = f"{type(field).__name__} gives NaN or infinity" if training else "weight '.*' has .* values that are NaN"
+    for call in (
+        lambda: render_rays(field, across()),
+        lambda: render_image(field, orbit([0.0], 0.0, 3.0, width=4, height=4)),
+    ):
+        with pytest.raises(InputError, match=named) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="NaN"):
+        OccupancyGrid(field.aabb, 4).refresh(field)

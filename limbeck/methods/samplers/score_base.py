@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from limbeck.blocks.lora import LoRA
+from limbeck.blocks.lora import Adapted, LoRA
 from limbeck.core.batch import Batch, Losses
 from limbeck.core.data import Data
 from limbeck.core.errors import InputError
@@ -22,9 +22,9 @@ from limbeck.diffusion.denoisers import Denoiser
 from limbeck.diffusion.losses import Weight, denoising_loss, edm_weight
 from limbeck.diffusion.onestep import OneStepGenerator
 from limbeck.diffusion.samplers import Sampler
-from limbeck.diffusion.schedules import EDM, Schedule, VPDiscrete, expand
+from limbeck.diffusion.schedules import EDM, expand
 from limbeck.diffusion.scores import dmd_gradient, inject_gradient, l1_size, vsd_gradient
-from limbeck.diffusion.time_samplers import Discrete, Karras, LogNormal, TimeSampler, Uniform
+from limbeck.diffusion.time_samplers import LogNormal, TimeSampler, spread_times
 from limbeck.methods.samplers.base import SamplerDistiller
 
 
@@ -133,7 +133,7 @@ class ScoreDistiller(SamplerDistiller):
             return deepcopy(self.teacher).requires_grad_(True)
         lora = LoRA(self.teacher.module, self.config.rank, self.config.lora_alpha, self.config.lora_targets or None)
         lora.enabled = False  # whoever asks the teacher gets the teacher
-        return self.teacher.with_module(_Adapted(lora))
+        return self.teacher.with_module(Adapted(lora))
 
     # ---- parts -----------------------------------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class ScoreDistiller(SamplerDistiller):
     @property
     def lora(self) -> LoRA | None:
         module = None if self.fake is None else self.fake.module
-        return module.lora if isinstance(module, _Adapted) else None
+        return module.lora if isinstance(module, Adapted) else None
 
     @contextmanager
     def adapted(self) -> Iterator[None]:
@@ -357,29 +357,3 @@ class VariationalDistiller(ScoreDistiller):
     def generator_losses(self, x: Tensor, cond: Any) -> Losses:
         loss, gradient = self.pull(x, cond)
         return Losses(scores=loss).observe(pull=gradient.abs().mean())
-
-
-class _Adapted(nn.Module):
-    """A network with adapters that are on while it is called, and off else."""
-
-    def __init__(self, lora: LoRA) -> None:
-        super().__init__()
-        self.lora = lora
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        before, self.lora.enabled = self.lora.enabled, True
-        try:
-            return self.lora(*args, **kwargs)
-        finally:
-            self.lora.enabled = before
-
-
-def spread_times(schedule: Schedule, low: float = 0.0, high: float = 1.0) -> TimeSampler:
-    """Times between two fractions of a schedule: evenly among a discrete schedule's indices, evenly in time, or for ``edm`` evenly on Karras' grid (rho 7)."""
-    if isinstance(schedule, VPDiscrete):
-        return Discrete(low, high, schedule.steps)
-    if isinstance(schedule, EDM):
-        least, most = schedule.t_min ** (1 / schedule.rho), schedule.t_max ** (1 / schedule.rho)
-        ends = [(least + share * (most - least)) ** schedule.rho for share in (low, high)]
-        return Karras(ends[0], ends[1], schedule.rho)
-    return Uniform.over(schedule, low, high)

@@ -1,4 +1,5 @@
-"""Volume fields behind one interface: ``mlp`` (NeRF), ``hash`` (Instant-NGP), ``vm`` (TensoRF), ``voxels`` (Plenoxels).
+"""Volume fields behind one interface: ``mlp`` (NeRF), ``hash`` (Instant-NGP), ``vm`` (TensoRF), ``voxels`` (Plenoxels),
+``triplane``.
 
 ``field(x, d)`` gives density and colour, ``field.save(folder)`` writes an open format, :func:`load_field` reads it back.
 """
@@ -15,26 +16,35 @@ from limbeck.core.files import read_json
 from limbeck.rendering.fields.base import Density, VolumeField, trunc_exp
 from limbeck.rendering.fields.hash_grid import HashEncoding, HashField
 from limbeck.rendering.fields.mlp import MLPField
+from limbeck.rendering.fields.occupied import OccupiedField
+from limbeck.rendering.fields.textured import TexturedField
+from limbeck.rendering.fields.triplane import TriplaneField
 from limbeck.rendering.fields.vm import VMField
 from limbeck.rendering.fields.voxels import VoxelField
 
-FAMILIES: dict[str, type[VolumeField]] = {cls.family: cls for cls in (MLPField, HashField, VMField, VoxelField)}
+FAMILIES: dict[str, type[VolumeField]] = {
+    cls.family: cls for cls in (MLPField, HashField, VMField, VoxelField, TriplaneField)
+}
 
 
 def build_field(family: str, config: Mapping[str, Any] | None = None) -> VolumeField:
     """A new field of a family.
 
     Args:
-        family: ``mlp``, ``hash``, ``vm`` or ``voxels``.
+        family: ``mlp``, ``hash``, ``vm``, ``voxels`` or ``triplane``; or ``contracted``, a field of any of them over all of space.
         config: the constructor's arguments; ``field.config()`` gives those of a field.
 
     Raises:
         UnknownNameError: another family. InputError: arguments that the family does not know or cannot use.
     """
-    if family not in FAMILIES:
+    from limbeck.rendering.contraction import ContractedField  # it builds its inner field with this function
+
+    around = (ContractedField, TexturedField, OccupiedField)
+    known: dict[str, type[VolumeField]] = {**FAMILIES, **{cls.family: cls for cls in around}}
+    if family not in known:
         raise UnknownNameError("family of fields", family, FAMILIES)
     try:
-        return FAMILIES[family](**dict(config or {}))
+        return known[family](**dict(config or {}))
     except TypeError as error:
         raise InputError(f"a {family} field cannot be built so: {' '.join(str(error).split())}") from None
 
@@ -67,6 +77,8 @@ __all__ = [
     "HashEncoding",
     "HashField",
     "MLPField",
+    "TexturedField",
+    "TriplaneField",
     "VMField",
     "VolumeField",
     "VoxelField",

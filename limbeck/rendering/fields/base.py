@@ -145,6 +145,7 @@ class VolumeField(nn.Module):
     family: ClassVar[str] = ""
     feature_width: int | None = 1 + GEO
     eps: ClassVar[float] = 1e-8  # Adam's epsilon for the encoding
+    density_noise: float = 0.0  # standard deviation of noise on raw densities, in training only
     aabb: Tensor
 
     def __init__(self, aabb: Box = UNIT_BOX, density: Density | dict[str, Any] | None = None) -> None:
@@ -262,11 +263,21 @@ class VolumeField(nn.Module):
         save_weights(self, path / WEIGHTS)
         write_json(path / DESCRIPTION, {"kind": "field", "family": self.family, "config": self.config()})
 
+    def export(
+        self, path: str | Path, resolution: int = 128, threshold: float | None = None, occupancy: Tensor | None = None
+    ) -> Path:
+        """Write the field for other programs; what is written follows the path, see :func:`limbeck.rendering.surfaces.export_field`."""
+        from limbeck.rendering.surfaces import export_field
+
+        return export_field(self, path, resolution, threshold, occupancy)
+
     # ---- inner parts
 
     def _densities(self, h: Tensor, x: Tensor | None) -> tuple[dict[str, Tensor | None], Tensor | None]:
         raw, geo = self.geometry(h)
         self._check_finite(raw)
+        if self.training and self.density_noise:
+            raw = raw + self.density_noise * torch.randn_like(raw)
         sigma, log_sigma = self.density_law(raw, x)
         if x is not None:
             inside = self.inside(x)

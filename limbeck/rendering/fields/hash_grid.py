@@ -115,7 +115,7 @@ class HashEncoding(nn.Module):
 
 
 class HashField(DecodedField):
-    """A multi-resolution hash encoding with small heads (no biases).
+    """A multi-resolution hash encoding with small heads.
 
     At full scale: 14 to 16 levels of 2 channels, 2^19 rows, base 16, finest 2048 times the box's half size. Train with Adam's eps 1e-15
     (``param_groups`` says so): the tables' gradients are tiny.
@@ -142,7 +142,7 @@ class HashField(DecodedField):
         density: Density | dict[str, Any] | None = None,
     ) -> None:
         encoding = HashEncoding(levels, channels, log2_size, base, finest, smooth)
-        super().__init__(encoding.width, hidden, sh_degree, False, aabb, density)
+        super().__init__(encoding.width, hidden, sh_degree, aabb, density)
         self.encoding = encoding
 
     def encode(self, x: Tensor) -> Tensor:

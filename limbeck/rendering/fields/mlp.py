@@ -27,15 +27,13 @@ class ColourHead(nn.Module):
 
     Args:
         geo: channels beside the direction. hidden, layers: width of the hidden layers and number of linear layers.
-        sh_degree: largest degree of the direction's harmonics. bias: of the linear layers.
+        sh_degree: largest degree of the direction's harmonics.
     """
 
-    def __init__(
-        self, geo: int = GEO, hidden: int = 64, layers: int = 3, sh_degree: int = 3, bias: bool = False
-    ) -> None:
+    def __init__(self, geo: int = GEO, hidden: int = 64, layers: int = 3, sh_degree: int = 3) -> None:
         super().__init__()
         self.sh_degree = sh_degree
-        self.net = perceptron([(sh_degree + 1) ** 2 + geo, *[hidden] * (layers - 1), 3], bias)
+        self.net = perceptron([(sh_degree + 1) ** 2 + geo, *[hidden] * (layers - 1), 3], bias=False)
 
     def forward(self, geo: Tensor, d: Tensor) -> Tensor:
         found: Tensor = self.net(torch.cat([spherical_harmonics(d, self.sh_degree), geo], -1))
@@ -45,15 +43,17 @@ class ColourHead(nn.Module):
 class DecodedField(VolumeField):
     """A field whose encoding of F channels goes through a two-layer geometry head (to 1 + 15 channels) and a colour head.
 
+    The heads have no biases and the same names in every family, so that one family can inherit them from another.
+
     Args:
         width: F. hidden: width of both heads. sh_degree: of directions. aabb, density: see :class:`VolumeField`.
     """
 
-    def __init__(self, width: int, hidden: int, sh_degree: int, bias: bool, aabb: Box, density: Any) -> None:
+    def __init__(self, width: int, hidden: int, sh_degree: int, aabb: Box, density: Any) -> None:
         super().__init__(aabb, density)
         self.hidden, self.sh_degree = positive_int("hidden", hidden), positive_int("sh_degree", sh_degree, 0)
-        self.geometry_head = perceptron([width, hidden, 1 + GEO], bias)
-        self.colour_head = ColourHead(GEO, hidden, 3, sh_degree, bias)
+        self.geometry_head = perceptron([width, hidden, 1 + GEO], bias=False)
+        self.colour_head = ColourHead(GEO, hidden, 3, sh_degree)
 
     def geometry(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.geometry_head(h)
@@ -97,7 +97,7 @@ class MLPField(DecodedField):
         aabb: Box = UNIT_BOX,
         density: Density | dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(positive_int("features", features), hidden, sh_degree, True, aabb, density)
+        super().__init__(positive_int("features", features), hidden, sh_degree, aabb, density)
         self.levels, self.with_pi, self.skip = positive_int("levels", levels, 0), bool(with_pi), skip
         self.depth, self.width, self.features = positive_int("depth", depth), positive_int("width", width), features
         if skip is not None and not 0 < skip < depth:

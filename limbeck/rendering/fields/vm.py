@@ -53,7 +53,7 @@ class VMField(VolumeField):
         self.planes = nn.Parameter(init * torch.randn(3, rank + colour_rank, n, n))  # last index: the pair's first axis
         self.lines = nn.Parameter(init * torch.randn(3, rank + colour_rank, n))
         self.basis = nn.Linear(3 * colour_rank, GEO, bias=False)
-        self.colour_head = ColourHead(GEO, hidden, 3, sh_degree, bias=True)
+        self.colour_head = ColourHead(GEO, hidden, 3, sh_degree)
 
     @property
     def resolution(self) -> int:

@@ -15,7 +15,8 @@ from limbeck.core.optim import Optimised
 from limbeck.diffusion.denoisers import Denoiser
 from limbeck.diffusion.oracles import gaussian_mixture
 from limbeck.diffusion.schedules import EDM, Flow, VPCosine, VPDiscrete
-from limbeck.methods.samplers.score_base import VariationalDistiller, spread_times
+from limbeck.diffusion.time_samplers import spread_times
+from limbeck.methods.samplers.score_base import VariationalDistiller
 from limbeck.networks.diffusion_mlp import DiffusionMLP
 
 torch.set_num_threads(1)
