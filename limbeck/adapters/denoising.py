@@ -18,8 +18,10 @@ from limbeck.diffusion.extra_time import rebuilt
 from limbeck.diffusion.samplers import Sampler
 from limbeck.diffusion.schedules import Schedule, make_schedule
 from limbeck.networks.diffusion_mlp import DiffusionMLP, named_mlp
+from limbeck.networks.view_unet import ViewUNet, named_view_unet
 
-EXAMPLES = ("mlp-w160-b3", "mlp-w48-b1", "unet-w32")
+EXAMPLES = ("mlp-w160-b3", "mlp-w48-b1", "unet-w32", "view-unet-w24")
+_OWN: dict[str, type[nn.Module]] = {"DiffusionMLP": DiffusionMLP, "ViewUNet": ViewUNet}
 _UNET = re.compile(r"unet(?:-w([0-9]+))?(?:-l([0-9]+))?")
 
 
@@ -27,7 +29,7 @@ def build_network(name: str, shape: tuple[int, ...], num_classes: int | None, sc
     """A denoising network with new weights, called ``(x, model_time, cond)``.
 
     ``mlp[-w<width>][-b<blocks>]`` takes samples of any shape; ``unet[-w<width>][-l<levels>]`` is a diffusers ``UNet2DModel`` for images
-    whose sides can be halved ``levels - 1`` times.
+    whose sides can be halved ``levels - 1`` times; ``view-unet[-w<width>]`` is a smaller one of our own for pictures with even sides.
 
     Args:
         name: see above.
@@ -40,13 +42,16 @@ def build_network(name: str, shape: tuple[int, ...], num_classes: int | None, sc
         InputError: the network does not fit the shape.
     """
     scale = 1.0 if schedule.name == "edm" else 1e-3
-    made = named_mlp(name, shape, num_classes, scale)
+    made = named_mlp(name, shape, num_classes, scale) or named_view_unet(name, shape, num_classes, scale)
     if made is not None:
         return made
     found = _UNET.fullmatch(name)
     if found is None:
         raise UnknownNameError(
-            "denoising network", name, EXAMPLES, hint="Forms: mlp[-w<width>][-b<blocks>], unet[-w<width>][-l<levels>]."
+            "denoising network",
+            name,
+            EXAMPLES,
+            hint="Forms: mlp[-w<width>][-b<blocks>], unet[-w<width>][-l<levels>], view-unet[-w<width>].",
         )
     from limbeck.adapters.diffusers_networks import small_unet
 
@@ -92,8 +97,8 @@ def rebuild_network(spec: dict[str, Any]) -> nn.Module:
         if wrapped is not None:
             return wrapped
     options = {k: v for k, v in spec.items() if k != "class"}
-    if spec["class"] == "DiffusionMLP":
-        return DiffusionMLP(**{**options, "shape": tuple(options["shape"])})
+    if spec["class"] in _OWN:
+        return _OWN[spec["class"]](**{**options, "shape": tuple(options["shape"])})
     from limbeck.adapters import diffusers_networks
 
     kind = getattr(diffusers_networks, spec["class"], None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import catalogue
-from limbeck.claims import comparing_datasets, comparing_samplers
+from limbeck.claims import comparing_datasets, comparing_fields, comparing_samplers
 from limbeck.claims.statistics import paired_difference
 from limbeck.core.config import validate
 from limbeck.core.data import mix_seed
@@ -20,8 +20,15 @@ from limbeck.core.files import explained, write_json
 from limbeck.flags import add_flags, given, parse_strictly
 from limbeck.tasks.base import TaskConfig, load_task
 
-LOWER_IS_BETTER = ("nll", "brier", "ece", "adaptive_ece", *comparing_samplers.LOWER_IS_BETTER)
-_APART: dict[str, Any] = {"datasets": comparing_datasets, "samplers": comparing_samplers}
+LOWER_IS_BETTER = (
+    "nll",
+    "brier",
+    "ece",
+    "adaptive_ece",
+    *comparing_samplers.LOWER_IS_BETTER,
+    *comparing_fields.LOWER_IS_BETTER,
+)
+_APART: dict[str, Any] = {"datasets": comparing_datasets, "samplers": comparing_samplers, "fields": comparing_fields}
 """Families whose methods each have their own number of updates, and how they are compared."""
 SHARED = ("lr", "batch_size", "optimizer", "weight_decay", "schedule")
 
@@ -64,7 +71,7 @@ def compare(
         seeds: how many, at least 2 for an interval.
         steps: updates for every method; the first method's own number if None. Methods that distil data sets have the same
             number of samples per class instead, samplers the same teacher, and each its own number of steps if None.
-        metric: the test measure to compare; None: accuracy, or for samplers a Fréchet distance.
+        metric: the test measure to compare; None: accuracy, for samplers a Fréchet distance, for fields PSNR or the distance to the prior.
         out: folder for ``comparison.json``, and for finished pairs, so that a stopped comparison goes on.
         quiet: print no progress.
 
@@ -80,8 +87,10 @@ def compare(
     first = next(iter(classes.values()))
     apart = _APART.get(first.family)
     load = load_task if apart is None else apart.load
-    task = load(TaskConfig.make(**{k: v for k, v in setup.items() if k in TaskConfig.model_fields}))
-    metric = metric or ("accuracy" if apart is None else apart.usual_metric(task))
+    kind = getattr(apart, "TASKS", TaskConfig)
+    usual = {"task": first.Setup.model_fields["task"].default}
+    task = load(kind.make(**{**usual, **_fitting(setup, kind)}))
+    metric = metric or ("accuracy" if apart is None else apart.usual_metric(task, first))
     updates: int | None
     if apart is not None:
         budget = apart.shared_settings(first, setup)

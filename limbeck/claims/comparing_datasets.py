@@ -29,7 +29,7 @@ def words(budget: Mapping[str, Any]) -> str:
     return f"{budget['ipc']} samples per class" if "ipc" in budget else "judged alike"
 
 
-def usual_metric(task: Any) -> str:
+def usual_metric(task: Any, first: Any = None) -> str:
     return "accuracy"
 
 

@@ -31,7 +31,7 @@ def words(budget: Mapping[str, Any]) -> str:
     return f"one teacher ({budget['noise_schedule']}), batches of {budget['batch_size']}"
 
 
-def usual_metric(task: Any) -> str:
+def usual_metric(task: Any, first: Any = None) -> str:
     """The distance to data in a classifier's features where there is one."""
     return "sliced_wasserstein" if task.images is None else "frechet_features"
 

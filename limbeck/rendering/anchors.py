@@ -12,6 +12,7 @@ Source: "Scaffold-GS: Structured 3D Gaussians for View-Adaptive Rendering".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,19 @@ class AnchorDecoder(nn.Module):
     Args:
         features: F, numbers per anchor. offsets: k, Gaussians per anchor. hidden: units.
         distance: whether the decoder also sees how far the camera is.
+        opacity: what the opacities are like at first, in (-1, 1). Around 0, where the released code begins, half of the Gaussians are not drawn,
+            get no gradient and may stay so for good.
 
     Raises:
         InputError: sizes below 1.
     """
 
-    def __init__(self, features: int = 32, offsets: int = 10, hidden: int = 32, distance: bool = False) -> None:
+    def __init__(
+        self, features: int = 32, offsets: int = 10, hidden: int = 32, distance: bool = False, opacity: float = 0.1
+    ) -> None:
         super().__init__()
+        if not -1 < opacity < 1:
+            raise InputError(f"an opacity here lies between -1 and 1 (got {opacity})")
         if min(features, offsets, hidden) < 1:
             raise InputError(f"a decoder has sizes of 1 or more (got {features}, {offsets}, {hidden})")
         self.features, self.offsets, self.hidden, self.distance = features, offsets, hidden, distance
@@ -65,6 +72,7 @@ class AnchorDecoder(nn.Module):
             return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
         self.opacity = perceptron(offsets)
+        nn.init.constant_(self.opacity[2].bias, math.atanh(opacity))
         self.colour = perceptron(3 * offsets)
         self.covariance = perceptron(7 * offsets)
 

@@ -326,20 +326,6 @@ class RandomOrbit:
         )  # fmt: skip
 
 
-def view_words(azimuth: Tensor, elevation: Tensor, front: float = 45.0) -> list[str]:
-    """``front``, ``back``, ``side`` or ``overhead`` for each view, angles in degrees.
-
-    Overhead above 60 degrees of elevation; else front where the azimuth is within ``front`` of 0 (30 in VSD's configurations), back within
-    45 of 180, else side. Azimuths of any turn count.
-    """
-    a = ((azimuth + 180) % 360 - 180).abs()
-    word = torch.zeros(len(a), dtype=torch.long)
-    word[a < front] = 1
-    word[a > 180 - 45] = 2
-    word[elevation > 60] = 3
-    return [("side", "front", "back", "overhead")[k] for k in word.tolist()]
-
-
 def to_opencv(c2w: Tensor) -> Tensor:
     """World-to-camera matrices (..., 4, 4) with OpenCV's axes, from our poses: the rigid inverse of c2w diag(1, -1, -1, 1)."""
     rotation = (c2w[..., :3, :3] * c2w.new_tensor([1.0, -1.0, -1.0])).mT

@@ -21,7 +21,6 @@ from limbeck.rendering.cameras import (
     orbit,
     to_ngp,
     to_opencv,
-    view_words,
 )
 
 torch.set_num_threads(1)
@@ -148,14 +147,6 @@ def test_jitters_move_the_camera_but_not_its_record():
     assert found.radius is not None and float((found.radius - 1.5).abs().max()) == 0
     off = found.positions.norm(dim=-1) - 1.5
     assert float(off.abs().max()) > 0.05 and float(off.abs().max()) < 0.1 * math.sqrt(3) + 1e-6
-
-
-def test_view_words():
-    azimuth = torch.tensor([0.0, 44, 46, 136, -170, 0, 370, 180, -100])
-    elevation = torch.tensor([0.0, 0, 0, 0, 0, 61, 0, 59, 60])
-    words = ["front", "front", "side", "back", "back", "overhead", "front", "back", "side"]
-    assert view_words(azimuth, elevation) == words
-    assert view_words(torch.tensor([40.0]), torch.tensor([0.0]), front=30) == ["side"]
 
 
 def test_selection_resizing_and_dtype():
