@@ -58,7 +58,7 @@ class AnchorDecoder(nn.Module):
     """
 
     def __init__(
-        self, features: int = 32, offsets: int = 10, hidden: int = 32, distance: bool = False, opacity: float = 0.1
+        self, features: int = 32, offsets: int = 10, hidden: int = 32, distance: bool = False, opacity: float = 0.4
     ) -> None:
         super().__init__()
         if not -1 < opacity < 1:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck.core.data import mix_seed
 from limbeck.core.errors import InputError
@@ -66,6 +66,14 @@ def core(field: nn.Module) -> Any:
     while isinstance(field, ContractedField | OccupiedField):
         field = field.field
     return field
+
+
+def seen_box(field: Any) -> Tensor:
+    """The box (2, 3) that cameras look at: the field's own, of a contracted one that around its ball without contraction."""
+    if isinstance(field, ContractedField):
+        return torch.stack([field.centre - field.radius, field.centre + field.radius])
+    box: Tensor = field.aabb
+    return box
 
 
 def heir(teacher: Any, family: str, config: Mapping[str, Any] | None = None, low: float | None = None) -> VolumeField:

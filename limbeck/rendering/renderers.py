@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from limbeck.rendering.cameras import Cameras
 from limbeck.rendering.gaussians import Gaussians
+from limbeck.rendering.rays import Spacing
 from limbeck.rendering.splatting import splat
 from limbeck.rendering.volume import Background, OccupancyGrid, render_image
 
@@ -39,6 +40,7 @@ class VolumeRenderer:
         occupancy: cells that are not asked.
         background: colour behind the field.
         chunk: rays at once.
+        spacing: of samples; disparity for fields without bounds.
     """
 
     module: nn.Module
@@ -47,6 +49,7 @@ class VolumeRenderer:
     occupancy: OccupancyGrid | None = None
     background: Background = 1.0
     chunk: int = 8192
+    spacing: Spacing = "linear"
 
     def __call__(self, cameras: Cameras, ids: Sequence[int] | None = None) -> dict[str, Tensor]:
         return render_image(
@@ -58,6 +61,7 @@ class VolumeRenderer:
             samples=self.samples,
             fine=self.fine,
             occupancy=self.occupancy,
+            spacing=self.spacing,
         )
 
 

@@ -106,6 +106,9 @@ class Measure:
 
 _KNOWN = [
     Measure("accuracy", "accuracy", "percent", "higher", "quality"),
+    Measure("accuracy_seen", "accuracy, test nodes that were there in training", "percent", "higher", "quality"),
+    Measure("accuracy_hidden", "accuracy, hidden test nodes", "percent", "higher", "quality"),
+    Measure("accuracy_val", "accuracy on validation nodes", "percent", "higher", "quality"),
     Measure("top5", "top-5 accuracy", "percent", "higher", "quality"),
     Measure("accuracy_std", "its standard deviation over seeds", "percent", None, "quality"),
     Measure("macro_f1", "macro F1", "percent", "higher", "quality"),
@@ -160,6 +163,10 @@ _KNOWN = [
     Measure("latency", "latency, batch of 64", "seconds", "lower", "cost"),
     Measure("latency_8", "latency, batch of 8", "seconds", "lower", "cost"),
     Measure("latency_ratio", "latency, ratio to the first", "ratio", "lower", "cost"),
+    Measure("latency_whole", "latency, all nodes", "seconds", "lower", "cost"),
+    Measure("latency_single", "latency, a single node", "seconds", "lower", "cost"),
+    Measure("ratio_whole", "latency of all nodes, ratio to the first", "ratio", "lower", "cost"),
+    Measure("ratio_single", "latency of a single node, ratio to the first", "ratio", "lower", "cost"),
     Measure("seconds", "seconds", "seconds", "lower", "cost"),
     Measure("samples", "samples", "count", None, "cost"),
     Measure("share_of_real_bytes", "share of the bytes of the real data", "percent"),

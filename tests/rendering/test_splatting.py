@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from limbeck.core.errors import InputError
+from limbeck.rendering.cameras import orbit
 from limbeck.rendering.gaussians import Gaussians
-from limbeck.rendering.splatting import Splat, View, project, splat, view_of
+from limbeck.rendering.splatting import Splat, View, project, splat, splat_cameras, splat_tensors, view_of
 
 torch.set_num_threads(1)
 
@@ -219,6 +220,47 @@ def test_cameras_with_opengl_axes():
     many.distortion = torch.tensor([0.1, 0, 0, 0, 0])
     with pytest.raises(InputError, match="undistort"):
         view_of(many, 0)
+
+
+def test_real_cameras_agree_with_their_own_projection():
+    """Depths and places by ``Cameras.project`` (OpenGL poses) and by the view that splatting draws."""
+    cameras = orbit([20.0, 150.0, -80.0], [10.0, -20.0, 60.0], 2.5, 40.0, 30, 22, near=0.1, far=9.0)
+    points = 0.3 * torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    place, depth = cameras.project(points)
+    for index in range(3):
+        view = view_of(cameras, index)
+        found = project(points, torch.ones(7, 4), 0.1 * torch.ones(7, 3), torch.ones(7), view)
+        torch.testing.assert_close(found.means2d, place[index], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found.depths, depth[index])
+        torch.testing.assert_close(view.centre, cameras.positions[index])
+        assert (view.width, view.height) == (30, 22) and (view.near, view.far) == pytest.approx((0.1, 9.0))
+
+
+def test_several_cameras_at_once():
+    gaussians = scene(6, dtype=torch.float32)
+    cameras = orbit([20.0, 150.0, -80.0], 10.0, 2.5, 40.0, 10, 8)
+    extra = torch.rand(6, 2)
+    found = splat_cameras(gaussians, cameras, [2, 0], 0.3, features=extra)
+    assert {k: tuple(v.shape) for k, v in found.items()} == {
+        "rgb": (2, 8, 10, 3), "opacity": (2, 8, 10), "depth": (2, 8, 10), "features": (2, 8, 10, 2)
+    }  # fmt: skip
+    torch.testing.assert_close(found["rgb"][0], splat(gaussians, cameras, 0.3, index=2).rgb)
+    assert len(splat_cameras(gaussians, cameras)["rgb"]) == 3 and "features" not in splat_cameras(gaussians, cameras)
+    with pytest.raises(InputError, match="no camera was chosen"):
+        splat_cameras(gaussians, cameras, [])
+
+
+def test_activated_tensors_give_the_same_picture_and_none_give_the_background():
+    gaussians, view = scene(9), camera()
+    colours = gaussians.colours(view.centre)
+    parts = (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities)
+    torch.testing.assert_close(splat_tensors(*parts, colours, view, 0.2).rgb, splat(gaussians, view, 0.2).rgb)
+    nothing = splat_tensors(*(value[:0] for value in parts), colours[:0], view, 0.2)
+    assert nothing.features is None and bool((nothing.rgb == 0.2).all()) and not bool(nothing.alpha.any())
+    with pytest.raises(InputError, match="scales of 9 Gaussians must be"):
+        splat_tensors(parts[0], parts[1], parts[2][:3], parts[3], colours, view)
+    with pytest.raises(InputError, match="channels of the Gaussians contain NaN"):
+        splat_tensors(*parts, colours * float("nan"), view)
 
 
 def test_gsplat_gets_activated_parameters(monkeypatch: pytest.MonkeyPatch):
