@@ -51,6 +51,7 @@ def points(cls: Any, seed: int, guidance: float, chosen: Mapping[str, Any]) -> d
     """Particles in the plane: energy distance to their class, spread within a mode, distance from the origin."""
     law, labels = mixture(), torch.arange(POINTS) % 2
     seed_everything(mix_seed(seed, 11))
+    more = {"fake_width": 128} if cls is ProlificDreamer else {}
     made = cls(
         law,
         SampleParticles(torch.randn(POINTS, 2)),
@@ -60,6 +61,7 @@ def points(cls: Any, seed: int, guidance: float, chosen: Mapping[str, Any]) -> d
         guidance=guidance,
         t_high_late=None,
         clip_grad=None,
+        **more,
         **chosen,
     )
     found = common.run(made, seed).particles.samples.detach()
@@ -247,7 +249,10 @@ def claim(data_root: str | None = None) -> Claim:
         data={"name": "a mixture, digits, and an analytic scene", "digits": digits().describe()},
         seeds=3,
         select="-energy",
-        note="Exact priors in two dimensions and over 8x8 digits, a small trained one over renders; no text-to-image model was run.",
+        note=(
+            "Exact priors in two dimensions and over 8x8 digits, a small trained one over renders; no text-to-image model was run. What fails is one "
+            "threshold: at w = 7.5 digits differ 1.9 times as much as by score distillation sampling, and 2 times was asked for; all else holds."
+        ),
         settings={
             "points": POINT_STEPS,
             "digits": DIGIT_STEPS,
