@@ -7,7 +7,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine_overhead, experts, inner_loop, matching, score_steps, splatting, teacher_cache
+from benchmarks import (
+    engine_overhead,
+    experts,
+    field_conversion,
+    inner_loop,
+    matching,
+    score_steps,
+    splatting,
+    teacher_cache,
+)
 
 _HEAD = """# Benchmarks
 
@@ -53,6 +62,11 @@ def main() -> None:
             f"a picture of {splatting.COUNT:,} Gaussians, {splatting.SIZE}x{splatting.SIZE}, without gradients",
             "blending one Gaussian after the other",
             splatting.measure(),
+        ),
+        (
+            "`pvd` of a hash field into a deep perceptron",
+            "training that on the pictures until it is as good",
+            field_conversion.measure(),
         ),
     ]
     text = _HEAD
