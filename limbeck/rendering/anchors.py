@@ -72,7 +72,8 @@ class AnchorDecoder(nn.Module):
             return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
         self.opacity = perceptron(offsets)
-        nn.init.constant_(self.opacity[2].bias, math.atanh(opacity))
+        last: Any = self.opacity[2]
+        nn.init.constant_(last.bias, math.atanh(opacity))
         self.colour = perceptron(3 * offsets)
         self.covariance = perceptron(7 * offsets)
 

@@ -258,6 +258,10 @@ def claim(data_root: str | None = None) -> Claim:
         },
         seeds=5,
         select="psnr",
-        note="One small terrain; the city scenes of the paper were not run.",
+        note=(
+            "One small terrain; the city scenes of the paper were not run. All five seeds favour the method, by 0.8 dB on average; the interval "
+            "reaches below the 0.3 dB asked for. The published weight of consistency (50 to 100) lost to a weight of 1 on validation views: over "
+            "so few updates it holds the decoder still."
+        ),
         settings={**BASE, "rates": [r["lr"] for r in RATES], "weights": [w["consistency"] for w in WEIGHTS]},
     )

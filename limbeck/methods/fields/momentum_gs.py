@@ -67,6 +67,8 @@ class MomentumGS(BlockScenes):
     Several processes train a block each, side by side: the decoder's gradients are averaged, anchors stay with their process, and all
     exchange their blocks at the end of every turn. A checkpoint holds the blocks of the other processes as of the last exchange.
 
+    The published weight of consistency, 50 to 100, is for tens of thousands of updates; over a thousand it holds the decoder still, so 1 is the default.
+
     Decided here, where the paper is silent: the running means keep 0.9 of the old value; blocks that are not measured yet weigh 1; the
     blocks start from the coarse model's anchors and decoder; one optimiser of the decoder lives through all turns.
 
@@ -79,7 +81,7 @@ class MomentumGS(BlockScenes):
         steps: int = Field(960, ge=1, description="updates of the blocks, over all of them together on one device")
         interval: int = Field(60, ge=1, description="updates of a block before the next one's turn")
         decoder_momentum: float = Field(0.9, ge=0, le=1, description="decay of the momentum decoder, per update")
-        consistency: float = Field(50.0, ge=0, description="weight of the distance to the momentum decoder")
+        consistency: float = Field(1.0, ge=0, description="weight of the distance to the momentum decoder")
         detach_teacher: bool = Field(
             True,
             description="let no gradient reach the anchors through the momentum decoder (the released code lets it)",

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from limbeck.tasks.scenes import PosedImages
 from tests.helpers import resumed_equals_uninterrupted
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[3]
 BOX = torch.tensor([[-2.0] * 3, [2.0] * 3])
 
 
@@ -274,6 +278,27 @@ def test_resume_is_exact_with_anchors_that_come_and_go(tmp_path: Path) -> None:
     counts = [len(a) for a in method.blocks]  # type: ignore[arg-type]
     assert len(set(counts)) > 1 and len(method.coarse.anchors) != 36  # type: ignore[arg-type]
     assert bool((method.measured > 0).all())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_decoder_and_exchange_their_blocks(tmp_path: Path) -> None:
+    """Both end with the same decoder, though each has trained other blocks, and with each other's blocks."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--num_cpu_threads_per_process", "1", "-m", "tests.methods.fields.blocks_run", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True)["after"] for rank in (0, 1))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    alone = make(views(), steps=12)
+    start = alone.decoder.state_dict()
+    assert all(not torch.equal(first[f"decoder.{name}"], value) for name, value in start.items())
+    for block in range(4):
+        assert bool(first[f"blocks.{block}.features"].any())
 
 
 def test_a_run_by_name(tmp_path: Path) -> None:
