@@ -1,10 +1,10 @@
-"""A deep field distilled from a trained one, against the same field trained on pictures until it is as good."""
+"""A deep perceptron distilled from a hash field, against the same one trained on pictures until it is as good."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,15 +20,18 @@ from limbeck.tasks.judging_fields import drawn
 from limbeck.tasks.reference_fields import FieldTraining, reference_field
 from limbeck.tasks.scenes import SceneTask, analytic
 
-ALLOWED = 0.2
+ALLOWED = 0.2  # the paper: a tenth, at full resolution, against a rate that is not tuned
 DEEP = {"depth": 8, "width": 128, "skip": 4}
-STEPS, EVERY = 600, 10
+STEPS, LONGER, EVERY, RAYS = 160, 5, 40, 128
+RATES = (2e-3, 4e-3)
+QUIET = EngineConfig(progress=False, log_every=1000)
 
 
 class Reached(Exception):
     """The quality asked for is there."""
 
 
+@torch.no_grad()
 def quality(field: VolumeField, task: SceneTask) -> float:
     """PSNR on the validation views."""
     was = field.training
@@ -37,57 +40,57 @@ def quality(field: VolumeField, task: SceneTask) -> float:
     return found
 
 
-def until(method: Any, train: Any, judged: Callable[[], VolumeField], task: SceneTask, goal: float, seed: int) -> float:
-    """Seconds of training (judging it left out) until a field has a PSNR, looking every few steps; infinite if it never has."""
-    stages = method.stages(train, None, seed=seed)
-    began, lost = time.perf_counter(), 0.0
+def distilled(teacher: VolumeField, task: SceneTask, seed: int) -> tuple[float, float]:
+    """PSNR that distillation ends with, and the seconds that it takes."""
+    seed_everything(seed)
+    made = PVD(
+        teacher, heir(teacher, "mlp", DEEP), task.train.cameras, steps=STEPS, rays=RAYS, lr=RATES[1], seed=seed
+    )  # fmt: skip
+    began = time.perf_counter()
+    Engine(None, QUIET, seed=seed).run(made, made.stages())
+    spent = time.perf_counter() - began
+    return quality(made.result.eval(), task), spent
+
+
+def on_pictures(task: SceneTask, lr: float, goal: float, seed: int) -> tuple[float, float]:
+    """The best PSNR on the way to ``goal``, and the seconds until it is reached or the updates are used up; judging is left out."""
+    seed_everything(seed)
+    field = heir(reference_field(task, "hash", steps=1000, progress=False), "mlp", DEEP)
+    training = FieldTraining(field, task.background, steps=LONGER * STEPS, rays=RAYS, lr=lr)
+    stages: Any = training.stages(task.train)
+    best, lost, began = 0.0, 0.0, time.perf_counter()
 
     def look(step: int) -> None:
-        nonlocal lost
-        if step % EVERY:
-            return
-        paused = time.perf_counter()
-        enough = quality(judged(), task) >= goal
-        lost += time.perf_counter() - paused
-        if enough:
-            raise Reached
+        nonlocal best, lost
+        if step % EVERY == 0:
+            paused = time.perf_counter()
+            best = max(best, quality(field, task))
+            lost += time.perf_counter() - paused
+            if best >= goal:
+                raise Reached
 
     stages[0].after_step = look
-    try:
-        Engine(None, EngineConfig(progress=False, log_every=1000), seed=seed).run(method, stages)
-    except Reached:
-        return time.perf_counter() - began - lost
-    return float("inf")
+    with suppress(Reached):
+        Engine(None, QUIET, seed=seed).run(training, stages)
+    return best, time.perf_counter() - began - lost
 
 
-def measure(rounds: int = 3, steps: int = STEPS) -> dict[str, float]:
-    """The median over rounds of seconds by distillation / seconds on pictures, both to the PSNR that the latter ends with.
+def measure(rounds: int = 3) -> dict[str, float]:
+    """The median over rounds of the seconds of distillation over those on pictures, to the PSNR that distillation ends with.
 
-    The teacher's own training counts for neither: it is there, as the pictures are. The rival learns at the better of its usual rate and half
-    of it, by the quality of the first round.
+    The rival may make five times as many updates; where it still is not as good, its whole time counts, so that the ratio is too high if
+    anything. Its rate is the one of two that served it best before. The teacher's training counts for neither: it is there, as the pictures are.
     """
     task = analytic("spheres_box")
     teacher = reference_field(task, "hash", steps=1000, progress=False)
-
-    def scratch(lr: float, seed: int) -> tuple[VolumeField, float]:
-        seed_everything(seed)
-        field = heir(teacher, "mlp", DEEP)
-        training = FieldTraining(field, task.background, steps=steps, lr=lr)
-        began = time.perf_counter()
-        Engine(None, EngineConfig(progress=False, log_every=1000), seed=seed).run(training, training.stages(task.train))
-        return field, time.perf_counter() - began
-
-    rates = (2e-3, 1e-3)
-    best = max(rates, key=lambda lr: quality(scratch(lr, 100)[0], task))
-    ratios = []
+    goal = distilled(teacher, task, 100)[0]
+    tried = {lr: on_pictures(task, lr, goal, 100) for lr in RATES}
+    rate = max(RATES, key=lambda lr: (min(tried[lr][0], goal), -tried[lr][1]))
+    ratios, short = [], 0
     for seed in range(rounds):
-        field, spent = scratch(best, seed)
-        seed_everything(seed)
-        pvd = PVD(teacher, heir(teacher, "mlp", DEEP), task.train.cameras, steps=steps, seed=seed)
-        ratios.append(until(pvd, None, lambda made=pvd: made.result, task, quality(field, task), seed) / spent)  # type: ignore[misc]
-    return {"ratio": statistics.median(ratios), "best": min(ratios), "worst": max(ratios), "allowed": ALLOWED}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(2)
-    print(measure())
+        goal, spent = distilled(teacher, task, seed)
+        best, rival = on_pictures(task, rate, goal, seed)
+        ratios.append(spent / rival)
+        short += best < goal
+    found = {"ratio": statistics.median(ratios), "best": min(ratios), "worst": max(ratios), "allowed": ALLOWED}
+    return {**found, "rivals_short": float(short)}

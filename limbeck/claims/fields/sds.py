@@ -1,7 +1,7 @@
 """Does a field that sees nothing but the scores of a 2-D diffusion model come to look like that model's pictures?
 
 Voxels 24^3 under a small network that was trained on 16x16 renders of four scenes and is asked for one of them. Renders from 24 cameras are compared with
-the pictures of that scene which the network was trained on. Controls: the field it started from, and one that was asked for another scene.
+the pictures of that scene which the network was trained on, beside the field it started from and one that was asked for another scene.
 The baseline of the family: methods that claim more are compared with it in their own claims.
 """
 
@@ -50,7 +50,7 @@ def claim(data_root: str | None = None) -> Claim:
         arms={
             "sds": Arm("method", f"asked for {SCENE}", arm(SCENE, STEPS), GUIDANCE),
             "untrained": Arm("control", "the field it starts from", arm(SCENE, 0)),
-            "other": Arm("control", f"asked for {OTHER}", arm(OTHER, STEPS), GUIDANCE),
+            "other": Arm("baseline", f"asked for {OTHER}", arm(OTHER, STEPS), GUIDANCE),
         },
         checks=[
             nearer(
