@@ -141,26 +141,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path, kind: str) -> None
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     run(tmp_path / "one", kind)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "--num_cpu_threads_per_process",
-        "1",
-    ]
+    # torchrun: accelerate's own launcher starts a single process where there is no GPU
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command += ["-m", "tests.core.distributed_run", str(tmp_path / "two"), kind]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300

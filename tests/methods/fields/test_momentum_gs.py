@@ -283,9 +283,9 @@ def test_resume_is_exact_with_anchors_that_come_and_go(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_the_decoder_and_exchange_their_blocks(tmp_path: Path) -> None:
     """Both end with the same decoder, though each has trained other blocks, and with each other's blocks."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--num_cpu_threads_per_process", "1", "-m", "tests.methods.fields.blocks_run", str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += ["-m", "tests.methods.fields.blocks_run", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400
     )
