@@ -49,6 +49,7 @@ _READERS: dict[str, str | Reader] = {
     "sampler": "limbeck.adapters.denoising:read_sampler",
     "field": "limbeck.rendering.fields:read_field",
     "fields": "limbeck.rendering.particles:read_particles",
+    "anchors": "limbeck.rendering.anchors:read_anchors",
     "diffusers-pipeline": "limbeck.adapters.diffusers_students:read_student",
     "guidance-adapters": "limbeck.diffusion.guided:read_adapters",
 }
