@@ -15,8 +15,8 @@ from torch import Tensor
 
 from limbeck.metrics.concentration import approximate_concentration, topological_concentration
 
-ALLOWED_DENSE, ALLOWED_GROWTH, ALLOWED_MEMORY = 0.3, 0.5, 1.0
-NODES, HOPS, DIM = 4000, 2, 64
+ALLOWED_DENSE, ALLOWED_GROWTH, ALLOWED_MEMORY = 0.1, 0.5, 1.0
+NODES, HOPS, DIM = 3000, 2, 64
 DEGREES = (8, 64)
 LARGE, BYTES = 100_000, 4 << 30
 

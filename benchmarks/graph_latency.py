@@ -31,8 +31,10 @@ def ways(nodes: int) -> dict[Asked, dict[str, Callable[[int], Any]]]:
     def one(turn: int) -> torch.Tensor:
         return chosen[turn % 64 : turn % 64 + 1]
 
+    def single(turn: int) -> torch.Tensor:
+        return student.single(task, one(turn))
+
     teacher.whole(task)
-    single = lambda turn: student.single(task, one(turn))  # noqa: E731
     return {
         "all": {"network": lambda _: teacher.whole(task), "perceptron": lambda _: student.whole(task)},
         "gathered": {"network": lambda turn: teacher.single(task, one(turn)), "perceptron": single},

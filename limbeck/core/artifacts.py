@@ -52,6 +52,10 @@ _READERS: dict[str, str | Reader] = {
     "anchors": "limbeck.rendering.anchors:read_anchors",
     "diffusers-pipeline": "limbeck.adapters.diffusers_students:read_student",
     "guidance-adapters": "limbeck.diffusion.guided:read_adapters",
+    "link-predictor": "limbeck.networks.link_networks:read_link_predictor",
+    "embedding-transform": "limbeck.methods.structures.invgc:read_transform",
+    "representations": "limbeck.blocks.representation_files:read_representations",
+    "dag": "limbeck.adapters.dag_files:read_dag",
 }
 
 

@@ -132,6 +132,15 @@ FAMILIES: dict[str, Family] = {
         )
         for kind in ("gcn", "gin", "gat", "sage")
     },
+    "nodemlp": Family(
+        "node_mlp",
+        "NodeMLP",
+        "nodemlp[-<width>...][-p<dropout in percent>][-batch|-none]",
+        ("nodemlp-128-p50", "nodemlp-128-p10-none"),
+        keys={"p": "percent"},
+        words={norm: ("norm", norm) for norm in ("batch", "none")},
+        list_of="widths",
+    ),
     "mlp": Family(
         "mlp",
         "MLP",

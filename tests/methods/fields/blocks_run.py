@@ -1,4 +1,4 @@
-"""Started by ``accelerate launch`` in a test: blocks of a scene, divided among the processes."""
+"""Started by ``torchrun`` in a test: blocks of a scene, divided among the processes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,15 @@
+"""Structures out of data: topology, order, better-spread features.
+
+Classes are importable from here by their names (``from limbeck.methods.structures import TopoSwap``); the catalogue knows where
+each of them lives, so that a new method needs no line in this file.
+"""
+
+from __future__ import annotations
+
+from limbeck import catalogue
+
+__getattr__ = catalogue.lazy_classes("structures")
+
+
+def __dir__() -> list[str]:
+    return sorted(name for card in catalogue.of_family("structures") for name in card.classes())
