@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import catalogue
-from limbeck.claims import comparing_datasets, comparing_fields, comparing_samplers
+from limbeck.claims import comparing_datasets, comparing_fields, comparing_graphs, comparing_samplers
 from limbeck.claims.statistics import paired_difference
 from limbeck.core.config import validate
 from limbeck.core.data import mix_seed
@@ -28,8 +28,15 @@ LOWER_IS_BETTER = (
     *comparing_samplers.LOWER_IS_BETTER,
     *comparing_fields.LOWER_IS_BETTER,
 )
-_APART: dict[str, Any] = {"datasets": comparing_datasets, "samplers": comparing_samplers, "fields": comparing_fields}
+_APART: dict[str, Any] = {
+    "datasets": comparing_datasets,
+    "samplers": comparing_samplers,
+    "fields": comparing_fields,
+    "graphs": comparing_graphs,
+}
 """Families whose methods each have their own number of updates, and how they are compared."""
+_UNLIKE = ("structures", "search")
+"""Families whose methods turn different things into different things."""
 SHARED = ("lr", "batch_size", "optimizer", "weight_decay", "schedule")
 
 
@@ -86,6 +93,9 @@ def compare(
         raise InputError(f"--seeds must be at least 2 for an interval (got {seeds})")
     first = next(iter(classes.values()))
     apart = _APART.get(first.family)
+    for cls in classes.values():
+        if hasattr(apart, "check"):
+            apart.check(cls)
     load = load_task if apart is None else apart.load
     kind = getattr(apart, "TASKS", TaskConfig)
     usual = {"task": first.Setup.model_fields["task"].default}
@@ -163,6 +173,11 @@ def _classes(names: Sequence[str]) -> dict[str, Any]:
     families = {card.family for card in found.values()}
     if len(families) > 1:
         raise InputError(f"methods of different families cannot be compared: {', '.join(sorted(families))}")
+    (family,) = families
+    if family in _UNLIKE:
+        raise InputError(
+            f"methods of the {family} family have different results, which have no common measure: see limbeck verify for each of them"
+        )
     return {name: card.load() for name, card in found.items()}
 
 

@@ -214,3 +214,16 @@ def test_a_measurement_depends_on_the_bases_of_the_method(monkeypatch: pytest.Mo
     assert verifying.source_key("swiftbrush", claim) != before
     changed = "limbeck.methods.datasets.base"
     assert verifying.source_key("swiftbrush", claim) == before
+
+
+def test_methods_over_graphs_are_compared_with_as_many_passes(tmp_path: Path) -> None:
+    setup = {"task": "sbm", "generated_nodes": 300, "epochs": "3", "teacher_epochs": "3", "val_size": 40}
+    found = compare(["lighthgnn", "vqgraph"], setup, seeds=2, out=tmp_path / "c", quiet=True)
+    assert found["metric"] == "accuracy" and found["budget"] == "3 passes of the student, 3 of its teacher"
+    assert [len(m["metrics"]["accuracy"]) for m in found["methods"].values()] == [2, 2]
+    with pytest.raises(InputError, match="use --epochs"):
+        compare(["lighthgnn", "vqgraph"], setup, seeds=2, steps=4, quiet=True)
+    with pytest.raises(InputError, match="topological-concentration does not distil into a network on nodes"):
+        compare(["lighthgnn", "topological-concentration"], setup, seeds=2, quiet=True)
+    with pytest.raises(InputError, match="no common measure"):
+        compare(["invgc", "notears-topo"], seeds=2, quiet=True)
