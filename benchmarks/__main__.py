@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    concentration,
     engine_overhead,
     experts,
     field_conversion,
@@ -67,6 +68,21 @@ def main() -> None:
             "`pvd` of a hash field into a deep perceptron",
             "training that on the pictures until it is as good",
             field_conversion.measure(),
+        ),
+        (
+            f"approximated concentration, {concentration.NODES:,} nodes of degree {concentration.DEGREES[1]}",
+            "counting its walks",
+            concentration.measure(),
+        ),
+        (
+            f"that ratio at degree {concentration.DEGREES[1]}",
+            f"the same at degree {concentration.DEGREES[0]}",
+            concentration.measure_growth(),
+        ),
+        (
+            f"memory of approximating the concentration of {concentration.LARGE:,} nodes with a million links",
+            "4 GB",
+            concentration.measure_memory(),
         ),
     ]
     text = _HEAD

@@ -189,6 +189,8 @@ def _own(path: Path, setup: EmbeddingSetup) -> EmbeddingTask:
         parts, source = text_file(path, lambda n: _asked(setup, _thirds(n)), setup.dimensions, setup.split_seed)
         return _made(path.stem, [EmbeddingPairs(*part) for part in parts], source)
     arrays = read_arrays(path)
+    for name, rows in arrays.items():
+        _finite(rows, f"{name} of {path}")
     if {"query", "gallery"} <= arrays.keys():
         whole = EmbeddingPairs(arrays["query"], arrays["gallery"])
         sizes = _asked(setup, _thirds(len(whole)))
@@ -241,6 +243,8 @@ def _asked(setup: EmbeddingSetup, sizes: Sizes) -> Sizes:
 
 def _thirds(count: int) -> Sizes:
     """Three fifths for the bank, a fifth each for the rest."""
+    if count < 10:
+        raise InputError(f"{count} pairs are too few to be split in three: give 10 or more")
     fifth = count // 5
     return count - 2 * fifth, fifth, fifth
 
@@ -251,6 +255,14 @@ def _matrix(rows: Any, what: str) -> Tensor:
     if not isinstance(rows, Tensor) or rows.ndim != 2 or 0 in rows.shape:
         raise InputError(f"{what} must be a matrix of numbers with one embedding a row")
     return rows if rows.is_floating_point() else rows.float()
+
+
+def _finite(rows: np.ndarray[Any, Any], what: str) -> None:
+    """Complain about NaN and infinity; some rows at a time, since an array may be mapped from a large file."""
+    for start in range(0, len(rows) if rows.ndim == 2 and rows.dtype.kind == "f" else 0, _HASHED):
+        bad = np.flatnonzero(~np.isfinite(rows[start : start + _HASHED]).all(1))
+        if len(bad):
+            raise InputError(f"{what} holds NaN or infinity (first in row {start + int(bad[0])}): clean it first")
 
 
 def _ids(ids: Any, count: int, what: str) -> Tensor:

@@ -47,20 +47,22 @@ def load_citations(setup: LinkSetup) -> LinkTask:
 
 
 def load_own(setup: LinkSetup) -> LinkTask:
-    """A graph of one's own; ``.npz`` files may also hold ``x`` (N, F) and ``times`` (E,)."""
+    """A graph of one's own; ``.npz`` files may also hold ``x`` (N, F), ``times`` (E,) and ``sides`` (N,)."""
     assert setup.data is not None
     path = Path(setup.data).expanduser()
     if not path.is_file():
         raise InputError(f"no file {path}: links are a .mat, .npz or text file")
-    features = times = None
+    features = times = sides = None
     if path.suffix == ".mat":
         links, size = read_mat(path)
     elif path.suffix == ".npz":
         held = _arrays(path)
-        links = torch.from_numpy(held["edge_index"].astype(np.int64))
-        features = torch.from_numpy(held["x"].astype(np.float32)) if "x" in held else None
-        times = torch.from_numpy(held["times"]) if "times" in held else None
-        size = len(features) if features is not None else int(links.max()) + 1 if links.numel() else 0
+        links = _numbers(held, "edge_index", whole=True, path=path)
+        features = _numbers(held, "x", path=path).float() if "x" in held else None
+        times = _numbers(held, "times", path=path) if "times" in held else None
+        sides = _numbers(held, "sides", whole=True, path=path) if "sides" in held else None
+        given = features if features is not None else sides
+        size = len(given) if given is not None else int(links.max()) + 1 if links.numel() else 0
     else:
         try:
             links = torch.from_numpy(np.loadtxt(path, dtype=np.int64, usecols=(0, 1), ndmin=2).T.copy())
@@ -68,7 +70,9 @@ def load_own(setup: LinkSetup) -> LinkTask:
             reason = " ".join(str(error).split())[:100]
             raise InputError(f"{path} must hold two node numbers in each line ({reason})") from None
         size = int(links.max()) + 1 if links.numel() else 0
-    return _split(setup, path.stem, links, size, features, str(path), ordered=path.suffix != ".mat", times=times)
+    return _split(
+        setup, path.stem, links, size, features, str(path), ordered=path.suffix != ".mat", times=times, sides=sides
+    )
 
 
 def read_mat(path: Path) -> tuple[Tensor, int]:
@@ -108,6 +112,14 @@ def _arrays(path: Path) -> dict[str, Any]:
     return held
 
 
+def _numbers(held: dict[str, Any], name: str, *, whole: bool = False, path: Path) -> Tensor:
+    """An array of a file as int64 (``whole``) or float64."""
+    values = held[name]
+    if values.dtype.kind not in "iufb" or (whole and not (np.isfinite(values) & (values == np.floor(values))).all()):
+        raise InputError(f"array '{name}' of {path} must hold {'whole ' * whole}numbers")
+    return torch.from_numpy(values.astype(np.int64 if whole else np.float64))
+
+
 def _root(setup: LinkSetup, folder: str) -> Path:
     root = setup.data_root or os.environ.get("LIMBECK_DATA")
     if root is None:
@@ -127,6 +139,7 @@ def _split(
     *,
     ordered: bool = False,
     times: Tensor | None = None,
+    sides: Tensor | None = None,
 ) -> LinkTask:
     if setup.split == "time" and not ordered:
         raise InputError(f"the links of '{name}' have no order: split them at random")
@@ -141,4 +154,5 @@ def _split(
         seed=setup.split_seed,
         name=name,
         source=source,
+        sides=sides,
     )

@@ -34,7 +34,7 @@ class LinkSetup(Config):
     )
     data: str | None = Field(
         None,
-        description="a graph of your own: .mat with net, .npz with edge_index (2, E), or a text file with two nodes a line",
+        description="a graph of your own: .mat with net, .npz with edge_index (2, E) and perhaps x, times and sides (users and items), or a text file with two nodes a line",
     )
     data_root: str | None = Field(None, description="folder that holds links/ and planetoid/; default: $LIMBECK_DATA")
     split: Split = Field("random", description="time: the earliest links for training, where the data has an order")
@@ -260,8 +260,8 @@ def split_links(
         raise InputError(
             f"shares of {val_share:g} and {test_share:g} leave no link for training: take less than 1 together"
         )
-    if times is not None and times.shape != edges.shape[1:]:
-        raise InputError(f"{edges.shape[1]} links need as many times, not {tuple(times.shape)}")
+    if times is not None and (times.shape != edges.shape[1:] or bool(times.isnan().any())):
+        raise InputError(f"{edges.shape[1]} links need as many times, none of them NaN (got {tuple(times.shape)})")
     if times is not None:
         edges = edges[:, torch.argsort(times, stable=True)]
     edges = edges[:, edges[0] != edges[1]]

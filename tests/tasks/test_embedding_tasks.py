@@ -148,6 +148,14 @@ def test_bad_data_is_one_clear_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "half.npz", query=np.ones((4, 2)))
     with pytest.raises(InputError, match="lacks train_query, train_gallery"):
         load(data=str(tmp_path / "half.npz"))
+    np.savez(tmp_path / "few.npz", query=np.ones((4, 2)), gallery=np.ones((4, 2)))
+    with pytest.raises(InputError, match="4 pairs are too few to be split in three"):
+        load(data=str(tmp_path / "few.npz"))
+    broken = np.ones((5000, 2))
+    broken[4500, 1] = np.nan
+    np.savez(tmp_path / "nan.npz", query=np.ones((5000, 2)), gallery=broken)
+    with pytest.raises(InputError, match=r"gallery of .*nan\.npz holds NaN or infinity \(first in row 4500\)"):
+        load(data=str(tmp_path / "nan.npz"))
     one = np.ones((4, 2))
     with pytest.raises(InputError, match="4 queries and 3 items are no pairs"):
         EmbeddingPairs(one, one[:3])

@@ -69,6 +69,11 @@ def test_files_are_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", edge_index=edges, x=np.ones((20, 2)), times=np.arange(60)[::-1].copy())
     task = load_links(LinkSetup.make(data=str(tmp_path / "a.npz"), split="time"))
     assert task.test[:, -1].tolist() == sorted(edges[:, 0].tolist()) and task.features is not None
+    sides = (np.arange(20) > 9).astype(np.int8)
+    across = edges[:, sides[edges[0]] != sides[edges[1]]]
+    np.savez(tmp_path / "b.npz", edge_index=across, sides=sides)
+    task = load_links(LinkSetup.make(data=str(tmp_path / "b.npz")))
+    assert task.sides is not None and task.sides.tolist() == sides.tolist() and task.num_nodes == 20
     (tmp_path / "a.txt").write_text("# a comment\n" + "\n".join(f"{u} {v} 0.5" for u, v in edges.T))
     assert load_links(LinkSetup.make(data=str(tmp_path / "a.txt"))).train.shape[1] == 42
 
@@ -94,6 +99,17 @@ def test_wrong_files_and_names_are_named(tmp_path: Path, monkeypatch: pytest.Mon
     np.savez(tmp_path / "c.npz", x=np.ones(3))
     with pytest.raises(InputError, match="no array 'edge_index'"):
         load_links(LinkSetup.make(data=str(tmp_path / "c.npz")))
+    whole = np.array([[0, 1, 2], [1, 2, 3]])
+    for held, message in (
+        ({"edge_index": whole + 0.5}, "'edge_index' of .* must hold whole numbers"),
+        ({"edge_index": np.where(whole == 3, np.nan, whole)}, "must hold whole numbers"),
+        ({"edge_index": whole, "x": np.full((4, 1), "a")}, "'x' of .* must hold numbers"),
+        ({"edge_index": whole, "times": np.array([1, np.nan, 2])}, "as many times, none of them NaN"),
+        ({"edge_index": whole, "sides": np.array([0, 1, 1, 0])}, "joins two different ones"),
+    ):
+        np.savez(tmp_path / "d.npz", **held)
+        with pytest.raises(InputError, match=message):
+            load_links(LinkSetup.make(data=str(tmp_path / "d.npz"), val_share=0.33, test_share=0.33))
 
 
 def test_wrong_links_are_named(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 Links of real graphs (Cora, and Yeast of known interactions between proteins), split 70/10/20 anew for each seed; a one-layer GCN and a weighted inner
 product, trained as the method trains them. Over the nodes with test links, Recall@10 is correlated with what the links say of each node. Baselines
 count by the size of their correlation, whatever its sign, and degree by the better of training and test degree; concentration by its signed
-correlation, so that one which goes the wrong way does not count.
+correlation, so that one which goes the wrong way does not count. Concentration towards test neighbours looks at the test links, if never in the trees;
+so does the distance to them, a control, and what is known from training links alone has checks of its own (that against density was added after a
+first measurement had shown it to be the harder one on Cora; it is reported and does not decide).
 
-The approximation is compared with the exact value on the same graph; the shift is measured on a generated graph whose late links leave its communities,
-split by time and at random. Re-weighting is reported: the paper itself finds gains and losses.
+The approximation is compared with the exact value on the same graph, at one hop, where the two have one expectation; two hops are reported. The shift is
+measured on a generated graph whose late links leave its communities, split by time and at random. Re-weighting is reported: the paper itself finds
+gains and losses.
 """
 
 from __future__ import annotations
@@ -174,6 +177,9 @@ def claim(data_root: str | None = None) -> Claim:
             f"density{of}": arm("baseline", "density of a node's surroundings", "density"),
             f"clustering{of}": arm("control", "local clustering coefficient", "clustering"),
             f"distance{of}": arm("control", "mean distance to test neighbours", "distance"),
+            f"approximation{of}": Arm(
+                "method", f"{graph}: 8 projections of 256 columns", approximated(graph, data_root, 256, 8)
+            ),
         }
         where = f" ({graph})" if len(graphs) > 1 else ""
         checks += [
@@ -192,9 +198,23 @@ def claim(data_root: str | None = None) -> Claim:
                 "correlation",
             ),
             Check(
+                f"and more than density{where}",
+                f"training concentration{of}",
+                f"density{of}",
+                "correlation",
+                headline=False,
+            ),
+            Check(
                 f"of test links, two hops say more than one{where}",
                 first,
                 f"one hop{of}",
+                "correlation",
+                headline=False,
+            ),
+            Check(
+                f"it says more than the distance to test neighbours, which also looks at test links{where}",
+                first,
+                f"distance{of}",
                 "correlation",
                 headline=False,
             ),
@@ -208,9 +228,6 @@ def claim(data_root: str | None = None) -> Claim:
         ]
     graph = graphs[0]
     arms |= {
-        "approximation": Arm(
-            "method", f"{graph}: 8 projections of 256 columns", approximated(graph, data_root, 256, 8)
-        ),
         "one projection": Arm("control", f"{graph}: one of 64 columns", approximated(graph, data_root, 64, 1)),
         "ideal": Arm("control", "the exact concentration itself, and no shift", ideal),
         "time split": Arm("method", "growing graph, the latest links for testing", shifted("time")),
@@ -267,14 +284,30 @@ def note(result: Mapping[str, Any]) -> str:
         return float(sum(values) / len(values))
 
     name = "topological-concentration"
+    of = {graph: "" if number == 0 else f", {graph}" for number, graph in enumerate(result["data"]["graphs"])}
+
+    def correlations(graph: str) -> str:
+        first = f"concentration{of[graph]}" if of[graph] else name
+        others = ("training concentration", "validation concentration", "one hop", "degree", "training degree")
+        shown = {"concentration": first}
+        shown |= {n: n + of[graph] for n in (*others, "density", "clustering", "distance")}
+        return f"{graph}: " + ", ".join(f"{text} {mean(arm, 'correlation'):.2f}" for text, arm in shown.items())
+
     texts = [
-        f"With NDCG, hits and F1 at {CUT} concentration correlates by "
+        f"Correlations with Recall@{CUT}, baselines by their size: " + "; ".join(map(correlations, of)) + ".",
+        "Concentration (like the distance) is towards test neighbours, so it explains where prediction fails rather than foretells it; what is known "
+        "beforehand is the training and the validation concentration.",
+        f"{next(iter(of))}: with NDCG, hits and F1 at {CUT} concentration correlates by "
         + ", ".join(f"{mean(name, f'correlation_{m}'):.2f}" for m in ("ndcg", "hits", "f1"))
         + ", degree by "
         + ", ".join(f"{mean('degree', f'correlation_{m}'):.2f}" for m in ("ndcg", "hits", "f1"))
         + " (measures that are not divided by a node's number of links favour degree).",
-        f"Two hops by projection agree by {mean('approximation', 'agreement_two_hops'):.2f}: there the projection counts "
-        "common ends with multiplicity on both sides.",
+        "Projections agree with counting at one and at two hops by "
+        + "; ".join(
+            f"{mean('approximation' + end, 'agreement'):.2f} and {mean('approximation' + end, 'agreement_two_hops'):.2f} ({graph})"
+            for graph, end in of.items()
+        )
+        + ": at two hops they count common ends with multiplicity on both sides, which more columns do not change.",
         f"Re-weighting: hits of links at 100 go from {mean('plain', 'link_hits_at_100'):.3f} to "
         f"{mean('re-weighted', 'link_hits_at_100'):.3f}; its setting was not tuned, and no gain is claimed.",
         f"The random splits of the first graph shift by {mean('plain', 'tc_shift'):+.3f}.",

@@ -243,6 +243,15 @@ def note(result: Mapping[str, Any]) -> str:
     def recalls(arm: str, end: str = "") -> str:
         return "/".join(f"{100 * mean(arm, f'recall_at_{k}{end}'):.1f}" for k in KS)
 
+    def against(arm: str, others: Sequence[str]) -> str:
+        """Which of some rivals an arm is at R@1 above, below, or not to be told apart from."""
+        words = {"holds": "above", "fails": "below", "undecided": "not to be told apart from"}
+        found: dict[str, list[str]] = {}
+        for check in result["checks"]:
+            if (check["method"], check["metric"]) == (arm, "recall_at_1") and check["baseline"] in others:
+                found.setdefault(words[check["verdict"]], []).append(RIVALS[check["baseline"]].label)
+        return ", ".join(f"{word} {' and '.join(names)}" for word, names in found.items())
+
     rivals = ", ".join(f"{RIVALS[name].label} {recalls(name)}" for name in RIVALS if name != "raw")
     others = "; ".join(
         f"{SETS[end]} (mean cosine {mean('raw', f'mean_cosine{end}'):.2f}): {recalls('raw', end)}, dense {recalls('dense', end)}, "
@@ -253,7 +262,8 @@ def note(result: Mapping[str, Any]) -> str:
     return (
         f"R@1/5/10 in per cent: untouched {recalls('raw')}, dense {recalls('dense')}, local {recalls('local')}; {rivals}. Nearest neighbours' "
         f"cosine {mean('raw', 'nearest_similarity'):.2f} untouched, {mean('dense', 'nearest_similarity'):.2f} dense, "
-        f"{mean('local', 'nearest_similarity'):.2f} local. Other sets: {others}. "
+        f"{mean('local', 'nearest_similarity'):.2f} local. By R@1 local adjacency is {against('local', tuple(RIVALS)[1:])}; dense is "
+        f"{against('dense', ('centred',))}. Other sets: {others}. "
         f"The library warned that no help was to be expected in {1 - mean('raw', 'help_expected on contrastive digits'):.0%} of the splits of the "
         "contrastive digits; the warning's threshold of hubness was set after two of these splits had been seen, so this is no independent evidence "
         "for it. "

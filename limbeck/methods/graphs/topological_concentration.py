@@ -121,7 +121,7 @@ class TopologicalConcentration(Method):
         draws: int = Field(8, ge=1, description="projections that are averaged")
         alpha: float = Field(0.0, ge=0, description="weight that re-weighting adds; 0: none")
         interval: int = Field(1, ge=1, description="epochs between re-weightings")
-        warm_up: int = Field(5, ge=0, description="epochs before the first re-weighting")
+        warm_up: int = Field(5, ge=0, description="epochs before intervals are counted")
         pile_up: bool = Field(False, description="re-weighting adds to the weights in use, not to the original ones")
         val_messages: bool = Field(False, description="validation links carry messages when test links are judged")
         cut: int = Field(10, ge=1, description="K of the ranking measures that concentration is set against")
@@ -131,6 +131,7 @@ class TopologicalConcentration(Method):
         presets = {
             "paper": {
                 "epochs": 1000,
+                "batch_size": 1152,
                 "lr": 1e-3,
                 "hidden": 256,
                 "embedding": 256,
