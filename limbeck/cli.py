@@ -248,12 +248,19 @@ def _report(arguments: list[str]) -> int:
 def _export(arguments: list[str]) -> int:
     parser = _Parser("limbeck export", description="Export a run's student.")
     parser.add_argument("dir", type=Path, help="a run's folder, or an artifact's")
-    parser.add_argument("--to", required=True, choices=("onnx", "safetensors"), help="format")
-    parser.add_argument("--out", type=Path, help="file to write (default: DIR/student.onnx or DIR/student.safetensors)")
+    parser.add_argument("--to", required=True, choices=("onnx", "onnx-int8", "safetensors"), help="format")
+    parser.add_argument(
+        "--out", type=Path, help="file to write (default: DIR/student.onnx, -int8.onnx or .safetensors)"
+    )
     options = parser.parse_args(arguments)
     from limbeck.adapters.export import export_artifact
 
-    print(export_artifact(options.dir, options.to, options.out))
+    samples = None
+    if options.to == "onnx-int8":  # activations need their usual range
+        from limbeck.tasks.calibration import calibration_inputs
+
+        samples = calibration_inputs(options.dir)
+    print(export_artifact(options.dir, options.to, options.out, samples))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Export of students: ONNX checked against the original in onnxruntime, or plain safetensors."""
+"""Export of students: ONNX (in floats or 8-bit integers) checked against the original in onnxruntime, or plain safetensors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,19 @@ from limbeck.core.files import atomic_path
 TOLERANCE = 1e-4
 
 
-def export_artifact(folder: str | Path, to: Literal["onnx", "safetensors"], out: str | Path | None = None) -> Path:
+def export_artifact(
+    folder: str | Path,
+    to: Literal["onnx", "onnx-int8", "safetensors"],
+    out: str | Path | None = None,
+    samples: Tensor | None = None,
+) -> Path:
     """Export the model of a run's or artifact's folder.
+
+    Args:
+        folder: a run's or an artifact's.
+        to: the format.
+        out: file to write; None: ``student.onnx``, ``student-int8.onnx`` or ``student.safetensors`` in the folder.
+        samples: training inputs (N, ...) that calibrate ``onnx-int8``; None: only matrix products run in integers.
 
     Raises:
         RunError: no artifact there, or the exported file does not agree with the original.
@@ -34,7 +45,8 @@ def export_artifact(folder: str | Path, to: Literal["onnx", "safetensors"], out:
     artifact = load(folder)
     if artifact.kind != "model":
         raise InputError(f"only models export to {to}; this artifact is a {artifact.kind}")
-    target = Path(out) if out is not None else Path(folder) / f"student.{to}"
+    names = {"onnx": "student.onnx", "onnx-int8": "student-int8.onnx", "safetensors": "student.safetensors"}
+    target = Path(out) if out is not None else Path(folder) / names[to]
     if to == "safetensors":
         assert artifact.path is not None
         with atomic_path(target) as temporary:
@@ -46,7 +58,13 @@ def export_artifact(folder: str | Path, to: Literal["onnx", "safetensors"], out:
             "the artifact does not say the shape of its input: use limbeck.adapters.export.export_onnx(model, sample, path)"
         )
     sample = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    return export_onnx(artifact.content, sample, target)
+    if to == "onnx":
+        return export_onnx(artifact.content, sample, target)
+    from limbeck.adapters.onnx_int8 import export_onnx_int8
+
+    return export_onnx_int8(
+        artifact.content, sample if samples is None else samples, target, calibrate=samples is not None
+    )
 
 
 def export_onnx(model: nn.Module, sample: Tensor, path: str | Path, tolerance: float = TOLERANCE) -> Path:

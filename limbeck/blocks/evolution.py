@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -127,6 +127,25 @@ class Evolution(RandomSearch):
 
     def _draw(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.generator))
+
+
+def make_search(
+    algorithm: Literal["evolution", "random"],
+    space: SearchSpace,
+    budget: Budget | None,
+    candidates: int,
+    *,
+    population: int = 36,
+    sample: int = 8,
+    parents: int = 5,
+    seed: int = 0,
+) -> RandomSearch:
+    """A search by the name of its algorithm; the sizes of an evolution that gets few candidates are cut to their number."""
+    if algorithm == "random":
+        return RandomSearch(space, budget, seed=seed)
+    population = min(population, candidates)
+    sample = min(sample, population)
+    return Evolution(space, budget, population=population, sample=sample, parents=min(parents, sample), seed=seed)
 
 
 def run_search(search: RandomSearch, score: Callable[[Code], float], count: int) -> list[tuple[Code, float]]:

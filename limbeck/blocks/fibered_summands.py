@@ -1,6 +1,6 @@
 """Interval summands of two-parameter persistence from one-parameter barcodes, where multipers is not at hand.
 
-Along each of many parallel diagonal lines the barcode is computed with gudhi; bars of neighbouring lines are matched by the
+Along each of many parallel diagonal lines the barcode is computed (:func:`barcodes`); bars of neighbouring lines are matched by the
 assignment that moves their ends least (Hungarian algorithm; a bar may also end or begin between two lines, at the cost of half its
 length and the lines' distance). A chain of matched bars is one summand. Its birth points on the lines lie on the border of where
 it is born; where two neighbouring ones are nearer than the lines, the corner between them is added; deaths in the same way. For a
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from limbeck.blocks.boundary_reduction import cliques, reduced_barcodes
 from limbeck.blocks.interval_summands import IntervalSummands
 from limbeck.blocks.multifiltrations import Multifiltration
-from limbeck.core.errors import InputError, MissingDependencyError
+from limbeck.core.errors import InputError
 
 Floats = NDArray[np.float64]
 
@@ -38,7 +39,6 @@ def fibered_summands(
 
     Raises:
         InputError: more than two parameters.
-        MissingDependencyError: gudhi is not installed.
     """
     if filtration.parameters > 2:
         raise InputError(
@@ -141,14 +141,16 @@ def minimal(points: Floats) -> Floats:
 def barcodes(filtration: Multifiltration, heights: Sequence[Floats], degrees: Sequence[int]) -> list[Floats]:
     """Barcodes (·, 2) by degree of the complex with one height for every cell, given by dimension; death may be infinite.
 
-    Raises:
-        MissingDependencyError: gudhi is not installed.
+    gudhi computes them; where it is not installed, :mod:`limbeck.blocks.boundary_reduction`, which takes many times as long.
     """
+    top = min(max(degrees) + 1, filtration.top_dimension)
     try:
         import gudhi
     except ImportError:
-        raise MissingDependencyError("gudhi", "topology", "persistent homology") from None
-    top = min(max(degrees) + 1, filtration.top_dimension)
+        every, high = list(filtration.cells[: top + 1]), list(heights[: top + 1])
+        if filtration.clique_dimension is not None and len(every) > 1:
+            every, high = cliques(every[1], high, top)
+        return reduced_barcodes(every, high, degrees)
     tree = gudhi.SimplexTree()
     for cells, at in zip(filtration.cells, heights, strict=True):
         if len(cells) and cells.shape[1] <= max(top, 1) + 1:

@@ -43,7 +43,7 @@ def decompose(
         lines: how many; their distance is about the longest side of the box, divided by this number.
         box: lower and upper corner; None: the range of the filtration's values.
         collapse: leave out edges that change no homology (clique complexes of two parameters).
-        backend: ``multipers``, ``fibered`` (gudhi alone, two parameters), or ``auto``: what is installed.
+        backend: ``multipers``, ``fibered`` (without it, up to two parameters; much faster with gudhi), or ``auto``: multipers where it is installed.
 
     Returns:
         summands of all degrees, in float64; coordinates where nothing dies within the box may be infinite.

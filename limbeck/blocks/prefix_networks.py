@@ -23,8 +23,9 @@ class NetworkPrefixes(PrefixProblem):
 
     The weight of the edge i → j is the norm of the i-th column of :math:`A_j`. With the squared loss every network is trained by itself; with its logarithm those
     of one move together. Training is L-BFGS-B, with the positive and negative parts of :math:`A_j` apart, so that the l1 penalty leaves exact zeros; a move keeps
-    all weights (forbidden ones become zero, newly allowed ones start there) and trains the networks between its ends alone. Columns of zeros have no edges: they start
-    without weights, and no gradient gives them any.
+    all weights (forbidden ones become zero, newly allowed ones start there) and trains the networks between its ends alone. Where all inputs of a
+    network are zero, no gradient can wake it once its last layer is zero too; it is trained from its first random weights as well, and the better result is kept.
+    Columns of zeros have no edges: they start without weights, and no gradient gives them any.
 
     Args:
         data: (n, d), columns of comparable scale.
@@ -95,7 +96,10 @@ class NetworkPrefixes(PrefixProblem):
             nodes = order[group]
             rest = float(np.delete(errors, nodes).sum())
             inputs = [(order[:place], np.ascontiguousarray(self.data[:, order[:place]])) for place in group]
-            found = self._minimise(nodes, inputs, first, second, rest)
+            _, found = min(
+                (self._minimise(nodes, inputs, *start, rest) for start in self._starts(nodes, inputs, first, second)),
+                key=lambda result: result[0],
+            )
             for node, (parents, seen), (own_first, own_second) in zip(nodes.tolist(), inputs, found, strict=True):
                 first[node], second[node] = 0.0, own_second
                 first[node][:, parents] = own_first
@@ -106,10 +110,22 @@ class NetworkPrefixes(PrefixProblem):
         weights = np.linalg.norm(first, axis=1).T
         return Fitted(order, weights, score, {"first": first, "second": second, "errors": errors})
 
+    def _starts(
+        self, nodes: IntArray, inputs: list[Inputs], first: FloatArray, second: FloatArray
+    ) -> list[tuple[FloatArray, FloatArray]]:
+        """Where training begins: with the weights given, and where some networks sleep also with those woken up."""
+        pairs = zip(nodes.tolist(), inputs, strict=True)
+        asleep = [node for node, (parents, _) in pairs if len(parents) and not first[node][:, parents].any()]
+        if not asleep:
+            return [(first, second)]
+        woken = first.copy(), second.copy()
+        woken[0][asleep], woken[1][asleep] = self._first[asleep], self._second[asleep]
+        return [(first, second), woken]
+
     def _minimise(
         self, nodes: IntArray, inputs: list[Inputs], first: FloatArray, second: FloatArray, rest: float
-    ) -> list[tuple[FloatArray, FloatArray]]:
-        """First layers (h, k) and second layers (h,) of some nodes, trained together; ``rest`` is the error of all others."""
+    ) -> tuple[float, list[tuple[FloatArray, FloatArray]]]:
+        """The objective, first layers (h, k) and second layers (h,) of some nodes, trained together; ``rest`` is the error of all others."""
         h, start, bounds = self.hidden, [], []
         for node, (parents, _) in zip(nodes.tolist(), inputs, strict=True):
             own = first[node][:, parents].ravel()
@@ -142,10 +158,10 @@ class NetworkPrefixes(PrefixProblem):
 
         options = {"maxiter": self.max_iter, "ftol": self.tol}
         with np.errstate(over="ignore"):
-            flat = minimize(
+            found = minimize(
                 objective, np.concatenate(start), jac=True, method="L-BFGS-B", bounds=bounds, options=options
-            ).x
-        return [(plus - minus, outer) for plus, minus, outer in split(flat)]
+            )
+        return float(found.fun), [(plus - minus, outer) for plus, minus, outer in split(found.x)]
 
     def _value(self, error: float) -> float:
         return 0.5 * error if self.loss == "squared" else 0.5 * self.size * float(np.log(error))

@@ -94,8 +94,7 @@ def compare(
     first = next(iter(classes.values()))
     apart = _APART.get(first.family)
     for cls in classes.values():
-        if hasattr(apart, "check"):
-            apart.check(cls)
+        getattr(apart, "check", lambda _: None)(cls)
     load = load_task if apart is None else apart.load
     kind = getattr(apart, "TASKS", TaskConfig)
     usual = {"task": first.Setup.model_fields["task"].default}

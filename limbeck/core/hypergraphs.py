@@ -116,6 +116,11 @@ class Hypergraph:
         """(N,) how many hyperedges each vertex is in; 0 for isolated ones."""
         return torch.bincount(self.members, minlength=self.num_nodes)
 
+    @cached_property
+    def isolated(self) -> Tensor:
+        """The vertices that are in no hyperedge."""
+        return (self.degrees == 0).nonzero()[:, 0]
+
     # ---- operators --------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -177,7 +182,7 @@ class Hypergraph:
 
     def with_singletons(self) -> Hypergraph:
         """Isolated vertices get a hyperedge of their own, so that no degree is 0."""
-        alone = (self.degrees == 0).nonzero()[:, 0]
+        alone = self.isolated
         if not len(alone):
             return self
         more = self.pointer[-1] + 1 + torch.arange(len(alone), device=alone.device)
@@ -232,7 +237,10 @@ class Hypergraph:
         members = torch.searchsorted(held, self.members[picked])
         pointer = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         weights = None if self.weights is None else self.weights[edges]
-        found = Hypergraph(pointer, members, len(held), weights, self.weighted_degrees[held])
+        # A part of a checked hypergraph needs no checks, which would count as time of a request.
+        found = object.__new__(Hypergraph)
+        parts = (pointer, members, len(held), weights, self.weighted_degrees[held])
+        vars(found).update(zip(("pointer", "members", "num_nodes", "weights", "outer_degrees"), parts, strict=True))
         return found, held, torch.searchsorted(held, vertices)
 
     @cached_property
@@ -243,8 +251,8 @@ class Hypergraph:
 
     def to(self, device: torch.device | str) -> Hypergraph:
         """The same on another device."""
-        weights = None if self.weights is None else self.weights.to(device)
-        return Hypergraph(self.pointer.to(device), self.members.to(device), self.num_nodes, weights)
+        weights, outer = (None if x is None else x.to(device) for x in (self.weights, self.outer_degrees))
+        return Hypergraph(self.pointer.to(device), self.members.to(device), self.num_nodes, weights, outer)
 
     def fingerprint(self) -> str:
         """A hash of the content (hex, 16 digits)."""

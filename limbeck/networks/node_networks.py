@@ -308,7 +308,8 @@ def hypergraph_of(structure: Structure) -> Hypergraph:
             held = from_graph(structure.edge_index, structure.num_nodes)
         else:
             held = structure.with_singletons()
-        vars(structure)["_as_hypergraph"] = held
+        if held is not structure:  # one that held itself would outlive its use
+            vars(structure)["_as_hypergraph"] = held
     found: Hypergraph = held
     return found
 

@@ -26,11 +26,11 @@ class TaskConfig(Config):
 
     task: str = Field(
         "digits",
-        description="digits, mnist, cifar10, wine, breast-cancer, adult, table, shapes, topomortar, stdlib-code, molecules, mutag, proteins, nci1, graphs (a folder in the TU format), or any name that --data explains",
+        description="digits, mnist, cifar10, wine, breast-cancer, adult, table, shapes, topomortar, stdlib-code, molecules, mutag, proteins, nci1, graphs (a folder in the TU format), stdlib-text, stdlib-tokens, wikitext-2, tinyshakespeare, text (a .txt file), or any name that --data explains",
     )
     data: str | None = Field(
         None,
-        description="a data set of your own: a folder of images or parquet files, a table (.csv, .tsv), or a Hugging Face data set's name",
+        description="a data set of your own: a folder of images or parquet files, a table (.csv, .tsv), a text (.txt), or a Hugging Face data set's name",
     )
     label_column: str | None = Field(
         None, description="column of a table that is to be predicted; none: label, target, class or y"
@@ -116,8 +116,18 @@ _TASKS: dict[str, str] = {
     "proteins": "limbeck.tasks.graphs:load_proteins",
     "nci1": "limbeck.tasks.graphs:load_nci1",
     "graphs": "limbeck.tasks.graphs:load_folder",
+    "stdlib-text": "limbeck.tasks.language:load_stdlib_text",
+    "stdlib-tokens": "limbeck.tasks.language:load_stdlib_tokens",
+    "wikitext-2": "limbeck.tasks.language:load_wikitext",
+    "tinyshakespeare": "limbeck.tasks.language:load_shakespeare",
+    "text": "limbeck.tasks.language:load_file",
 }
-_READ_OWN_DATA = {"stdlib-code", "table", "graphs"}  # tasks that read --data themselves, since it holds no images
+_READ_OWN_DATA = {
+    "stdlib-code",
+    "table",
+    "graphs",
+    "text",
+}  # tasks that read --data themselves, since it holds no images
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -133,6 +143,8 @@ def load_task(config: TaskConfig) -> Task:
     name = config.task
     if not own_reader and config.data is not None and config.data.lower().endswith((".csv", ".tsv")):
         name, own_reader = "table", True
+    if not own_reader and config.data is not None and config.data.lower().endswith(".txt"):
+        name, own_reader = "text", True
     target = _TASKS.get(name) if own_reader else "limbeck.tasks.images:load_any"
     if target is None:
         raise UnknownNameError(

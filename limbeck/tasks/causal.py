@@ -145,7 +145,7 @@ def read_table(path: Path) -> tuple[list[str], FloatArray]:
         wrong = np.flatnonzero(~np.isfinite(column))
         if len(wrong):
             raise InputError(
-                f"column '{name}' of '{path.name}' has no finite number in row {wrong[0] + 1} ({frame[name].iloc[wrong[0]]!r}): fill it or drop it"
+                f"column '{name}' of '{path.name}' has no finite number in row {wrong[0] + 1} ('{frame[name].iloc[wrong[0]]}'): fill it or drop it"
             )
         numbers.append(column)
     return [str(name) for name in frame.columns], np.stack(numbers, 1)

@@ -157,6 +157,7 @@ def _matrices(panels: Sequence[tuple[str, FloatArray]], names: Sequence[str], or
 
 def _curve(history: Sequence[float]) -> str:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")
     axes = figure.add_subplot()
@@ -164,6 +165,7 @@ def _curve(history: Sequence[float]) -> str:
     if min(history) > 0:
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="score Q")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     return _png(figure)
 

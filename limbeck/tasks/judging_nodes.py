@@ -147,13 +147,13 @@ def node_times(
     nodes = chosen.to(device)
     whole = {who: (lambda _, m=model: m.whole(task)) for who, model in models.items()}
     single = {
-        who: (lambda turn, m=model: m.single(task, nodes[turn % 64 : turn % 64 + 1]))
+        who: (lambda call, m=model: m.single(task, nodes[call % 64 : call % 64 + 1]))
         for who, model in models.items()
         if not model.structured or isinstance(model.module, NodeNetwork)
     }
     found: dict[str, dict[str, float]] = {who: {} for who in models}
-    for what, ways, count in (("whole", whole, rounds), ("single", single, 3 * rounds)):
-        for who, entry in time_in_turns(ways, count, device=device).items():
+    for what, ways, repeats in (("whole", whole, 1), ("single", single, 8)):
+        for who, entry in time_in_turns(ways, rounds, device=device, repeats=repeats).items():
             found[who][f"latency_{what}"] = entry["median_seconds"]
             found[who][f"ratio_{what}"] = entry["ratio"]
     for who, model in models.items():

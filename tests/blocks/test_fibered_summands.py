@@ -1,4 +1,4 @@
-"""Summands from matched barcodes, and the Hilbert function; with gudhi alone."""
+"""Summands from matched barcodes, and the Hilbert function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from limbeck.blocks.multifiltrations import Multifiltration, function_rips, grap
 from limbeck.core.errors import InputError
 from limbeck.metrics.decompositions import bottleneck_distance
 
-pytest.importorskip("gudhi")
 torch.set_num_threads(1)
 BOX = (np.zeros(2), np.full(2, 4.0))
 TRIANGLE = Multifiltration(  # a circle of three edges that a triangle fills late

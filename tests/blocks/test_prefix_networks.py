@@ -84,3 +84,21 @@ def test_a_move_trains_the_networks_between_and_no_other(kind: str) -> None:
     assert not found.weights[allowed(order) == 0].any()
     again = p.refit(fitted, ORDER, 1, 2)
     assert again.score <= fitted.score + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["squared", "log"])
+def test_a_network_without_inputs_wakes_up_when_a_useful_one_is_allowed(kind: str) -> None:
+    p = problem(loss=kind)
+    asleep = p.fit(np.array([1, 0, 2, 3]))  # node 1 has no parents here
+    asleep.parts["second"][1] = 0.0  # from here every gradient of its network is zero, whatever is allowed
+    order = np.array([0, 2, 1, 3])
+    woken = p.refit(asleep, order, 0, 2)
+    assert woken.weights[[0, 2], 1].min() > 0.1 and not woken.weights[[1, 3], 1].any()
+    assert woken.parts["errors"][1] < 0.8 * asleep.parts["errors"][1]
+
+
+def test_columns_of_zeros_have_no_edges() -> None:
+    data = problem().data.copy()
+    data[:, 3] = 0.0
+    fitted = NetworkPrefixes(data, hidden=3, max_iter=2).fit(ORDER)
+    assert fitted.weights.any() and not fitted.weights[3].any() and not fitted.weights[:, 3].any()

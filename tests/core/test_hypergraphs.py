@@ -105,6 +105,7 @@ def test_a_neighbourhood_answers_as_the_whole_does(hops: int) -> None:
         whole, near = graph.smooth(whole).relu(), part.smooth(near).relu()
     assert torch.equal(held[at], asked)
     torch.testing.assert_close(near[at], whole[asked])
+    torch.testing.assert_close(part.to("cpu").smooth(x[held]), part.smooth(x[held]))
 
 
 def test_a_graph_becomes_its_edges_and_neighbourhoods() -> None:

@@ -7,8 +7,9 @@ have the published settings and no candidates; the baseline, the same perceptron
 vertices only: with the others in its batches, for their normalisation, it was worse. In the production
 setting a fifth of the test vertices is not there in training; the teacher answers for them on the whole hypergraph.
 
-Time: all answers and single ones on hypergraphs of growing size, with fresh weights. The teacher may answer a single request in the faster of two
-ways: from the two-hop neighbourhood, gathered for the request, or for the whole hypergraph at once.
+Time: all answers and single ones on hypergraphs of growing size up to the paper's 55,000 vertices, with fresh weights. The teacher may answer a
+single request in the faster of two ways: from the two-hop neighbourhood, gathered for the request, or for the whole hypergraph at once. Requests to one
+model come four at a time; the fastest of many rounds counts, since whatever else the machine does only adds to it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ REAL = {
     "cocitation-citeseer": "transductive",
     "coauthorship-cora": "inductive",
 }
-SIZES = (1_000, 10_000, 50_000)
+REALS = "accuracy on real hypergraphs"
+SIZES = (1_000, 10_000, 55_000)
 LABELS = tuple(
     {"lr": lr, "weight_decay": decay} for lr, decay in ((0.01, 5e-4), (0.01, 5e-3), (0.003, 5e-3), (0.003, 5e-2))
 )
@@ -93,8 +95,8 @@ def claim(data_root: str | None = None) -> Claim:
         },
         checks=[*accuracy_checks(bool(real)), *time_checks()],
         data={"generated": "hypergraph block model of 1,000 vertices", "real": sorted(real)},
-        seeds=5,
-        note="Ratios of time depend on the machine, its load and the features' number (50 here).",
+        seeds=10,
+        note=lambda result: note(result, list(real)),
         settings={"updates": 200, "labels_per_class": 20, "sizes": list(SIZES)},
     )
 
@@ -118,7 +120,7 @@ def trained_teacher(ground: tuple[str, str], data_root: str | None, seed: int) -
 def with_mean(outcome: Outcome, real: Mapping[str, Any]) -> Outcome:
     """The outcome with the mean accuracy over real hypergraphs, where there are any."""
     known = [outcome.test[f"accuracy on {ground}"] for ground in real if f"accuracy on {ground}" in outcome.test]
-    more = {"accuracy on real hypergraphs": sum(known) / len(known)} if known else {}
+    more = {REALS: sum(known) / len(known)} if known else {}
     return Outcome(outcome.val, {**outcome.test, **more})
 
 
@@ -154,7 +156,7 @@ def accuracy_checks(real: bool) -> list[Check]:
             "reliable hyperedges help, on real hypergraphs",
             "lighthgnn+",
             "lighthgnn",
-            "accuracy on real hypergraphs",
+            REALS,
             headline=False,
         )
     ] * real
@@ -195,6 +197,9 @@ def time_checks() -> list[Check]:
             higher_is_better=False,
         ),
         against(large, 100, "log_single", False, f"100 times sooner at {large} vertices"),
+        against(
+            large, 100, "log_one_of_all", False, "100 times sooner there than a teacher that answers for all vertices"
+        ),
         against(large, 1, "log_whole", False, f"all answers at once come sooner too, at {large} vertices"),
     ]
 
@@ -210,7 +215,7 @@ def timed(who: str, size: int) -> tuple[str, Callable[[Mapping[str, Any], int], 
 
 @functools.cache
 def times(size: int, seed: int) -> dict[str, dict[str, float]]:
-    """Logarithms of seconds by model: ``log_whole``, ``log_single`` (of its fastest way), and for the teacher ``log_gathered``."""
+    """Logarithms of seconds by model: ``log_whole`` for all answers; for one ``log_gathered``, ``log_one_of_all``, and ``log_single``, the faster of these."""
     on = common.task("hypergraph-sbm", None, seed, generated_nodes=size)
     features = on.features.shape[1]
     student = NodeModel(LightHGNN.fresh_student(on, LightHGNN.default_student, seed).eval(), False)
@@ -218,19 +223,56 @@ def times(size: int, seed: int) -> dict[str, dict[str, float]]:
     nodes = on.test[:64]
     single = time_in_turns(
         {
-            "student": lambda turn: student.single(on, nodes[turn % 64 : turn % 64 + 1]),
-            "HGNN": lambda turn: teacher.single(on, nodes[turn % 64 : turn % 64 + 1]),
+            "student": lambda call: student.single(on, nodes[call % 64 : call % 64 + 1]),
+            "HGNN": lambda call: teacher.single(on, nodes[call % 64 : call % 64 + 1]),
         },
-        40,
+        60,
+        repeats=4,
     )
-    whole = time_in_turns({"student": lambda _: student.whole(on), "HGNN": lambda _: teacher.whole(on)}, 11)
-    log = {
+    whole = time_in_turns({"student": lambda _: student.whole(on), "HGNN": lambda _: teacher.whole(on)}, 30)
+    every = {who: math.log(found["best_seconds"]) for who, found in whole.items()}
+    one = {who: math.log(found["best_seconds"]) for who, found in single.items()}
+    computed = {"student": one["student"], "HGNN": every["HGNN"]}
+    return {
         who: {
-            "log_whole": math.log(whole[who]["median_seconds"]),
-            "log_gathered": math.log(single[who]["median_seconds"]),
+            "log_whole": every[who],
+            "log_gathered": one[who],
+            "log_one_of_all": computed[who],
+            "log_single": min(one[who], computed[who]),
         }
-        for who in whole
+        for who in every
     }
-    log["student"]["log_single"] = log["student"]["log_gathered"]
-    log["HGNN"]["log_single"] = min(log["HGNN"].values())
-    return log
+
+
+def note(result: Mapping[str, Any], real: Sequence[str]) -> str:
+    """What a reader must know, in numbers of this result."""
+
+    def mean(arm: str, metric: str) -> float:
+        values = result["arms"][arm]["metrics"][metric]
+        return float(sum(values) / len(values))
+
+    def times_sooner(size: int, metric: str) -> str:
+        return f"{math.exp(mean(f'HGNN, {size:,}', metric) - mean(f'student, {size:,}', metric)):.1f}"
+
+    who = ("perceptron", "lighthgnn", "lighthgnn+", "teacher")
+    told = [
+        f"{ground}: " + ", ".join(f"{mean(arm, f'accuracy on {ground}'):.3f}" for arm in who)
+        for ground in ("blocks", "blocks, production", *real)
+    ]
+    small, middle, large = SIZES
+    texts = [
+        f"Accuracies of {', '.join(who)}: " + "; ".join(told) + ".",
+        f"A single request is answered {times_sooner(small, 'log_single')}, {times_sooner(middle, 'log_single')} and "
+        f"{times_sooner(large, 'log_single')} times sooner at {small:,}, {middle:,} and {large:,} vertices, the teacher in its faster way; the "
+        "neighbourhood does not grow with the hypergraph, and where it is the faster way the ratio does not either. Against a teacher that answers for all vertices to answer for one it is "
+        f"{times_sooner(large, 'log_one_of_all')} times at {large:,}.",
+        f"All answers at once: {times_sooner(large, 'log_whole')} times as soon at {large:,}; the student's hidden layer is four times as wide as the "
+        "teacher's, and sparse products cost little. Ratios of time depend on the machine, its load and the number of features (50 here).",
+    ]
+    if real:
+        texts.append(
+            f"On the real hypergraphs the teacher itself is {100 * (mean('teacher', REALS) - mean('perceptron', REALS)):.1f} points above the tuned "
+            "perceptron (half of the vertices of the co-citation files are in no hyperedge): a student that is as good as its teacher is no further above. "
+            "The paper's 16.3 points are a mean over eight hypergraphs, most of which are not here."
+        )
+    return " ".join(texts)

@@ -1,19 +1,21 @@
 """Does a perceptron gain from a graph network's codes, beside its soft labels?
 
-Generated graphs whose classes are made of hidden communities (1,600 nodes, a fifth of the test nodes joins after training) and, where their files are
-given, Cora (transductive) and CiteSeer (a fifth of the test nodes hidden). 20 labels a class; a new split, and graph where it is generated, for each seed. The
-tokenizer, a GCN with a codebook, is trained once for each split; the soft labels of both students are its own. All perceptrons are the same, start from the
-same weights, make as many updates and choose their weight decay between the same two values on validation nodes.
+Generated graphs whose classes are made of hidden communities (1,600 nodes) and, where their files are given, Cora and CiteSeer, each with all nodes there in
+training and ("joining") with a fifth of the test nodes joining after it; the generated ones in the second way. 20 labels a class; a new split, and graph where
+it is generated, for each seed. The tokenizer, a GCN with a codebook, is trained once for each split, with a weight decay that was chosen beforehand on
+validation nodes; the soft labels of both students are its own. All perceptrons are the same, start from the same weights, make as many updates and choose
+their weight decay on validation nodes: students of the tokenizer between two values, the perceptron on its own among three.
 
-Time: the tokenizer and the perceptron with fresh weights, on graphs of growing size with the same degrees: answers for all nodes, and for a single one, which
-the tokenizer may give in the faster of two ways: from what it reaches of the graph, gathered for the request, or for all nodes at once.
+Time: the tokenizer and the perceptron with fresh weights, on graphs of growing size with the same degrees: answers for all nodes, and for a single one,
+which the tokenizer may give in the faster of two ways: from what it reaches of the graph, gathered for the request, or for all nodes at once. Requests to one
+model come four at a time; the fastest of many rounds counts, since whatever else the machine does only adds to it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from limbeck.claims.base import MINUS, Arm, Check, Claim, Outcome
@@ -26,11 +28,18 @@ from limbeck.tasks.judging_nodes import NodeModel
 from limbeck.tasks.node_classification import NodeTask
 
 GENERATED = {"communities": ("sbm", "inductive", 120)}
-REAL = {"cora": ("cora", "transductive", 210), "citeseer": ("citeseer", "inductive", 180)}
+REAL = {
+    "cora": ("cora", "transductive", 210),
+    "cora, joining": ("cora", "inductive", 210),
+    "citeseer": ("citeseer", "transductive", 180),
+    "citeseer, joining": ("citeseer", "inductive", 180),
+}
 FOLDERS = {"cora": "Cora", "citeseer": "CiteSeer"}
-TEACHER: Mapping[str, Any] = {"teacher_epochs": 100}
+TEACHER: Mapping[str, Any] = {"teacher_epochs": 100, "teacher_weight_decay": 1e-4}
 STUDENT: Mapping[str, Any] = {"epochs": 150}
-DECAYS = ({"weight_decay": 5e-4}, {"weight_decay": 5e-3})
+DECAYS = ({"weight_decay": 1e-4}, {"weight_decay": 5e-4})
+GCN_DECAYS = ({"teacher_weight_decay": 1e-4}, {"teacher_weight_decay": 1e-3})
+REALS, JOINED = "accuracy on real graphs", "accuracy_hidden on real graphs"
 SIZES = (1_000, 10_000, 50_000)
 CODE_WEIGHT, TEMPERATURE = 10.0, 0.1
 
@@ -47,7 +56,7 @@ class Labels(NodeDistiller):
 
 def claim(data_root: str | None = None) -> Claim:
     """The generated graphs, and those real ones that are there."""
-    real = {k: v for k, v in REAL.items() if common.available(f"planetoid/{FOLDERS[k]}", data_root)}
+    real = {k: v for k, v in REAL.items() if common.available(f"planetoid/{FOLDERS[v[0]]}", data_root)}
     grounds = {**GENERATED, **real}
 
     def on(ground: str, seed: int) -> NodeTask:
@@ -79,12 +88,12 @@ def claim(data_root: str | None = None) -> Claim:
 
     def plain(chosen: Mapping[str, Any], seed: int) -> Outcome:
         found = {}
-        for ground in GENERATED:
+        for ground in grounds:
             fresh = Labels.fresh_teacher(on(ground, seed), "gcn", seed, hidden=64)
-            made = Labels(on(ground, seed), fresh, seed=seed, train_teacher=True, teacher_weight_decay=1e-3, **TEACHER)
+            made = Labels(on(ground, seed), fresh, seed=seed, train_teacher=True, **{**TEACHER, **chosen})
             common.run(made, seed, [made.teacher_stage()])
             found[ground] = common.accuracies(NodeModel(made.teacher, True), on(ground, seed))
-        return common.together(found)
+        return with_mean(common.together(found), real)
 
     codes = functools.partial(VQGraph, code_weight=CODE_WEIGHT, temperature=TEMPERATURE)
     soft = functools.partial(VQGraph, code_weight=0.0)
@@ -93,9 +102,14 @@ def claim(data_root: str | None = None) -> Claim:
         arms={
             "vqgraph": Arm("method", "soft labels and soft code assignments", trained(codes), DECAYS),
             "glnn": Arm("baseline", "the same tokenizer's soft labels alone", trained(soft), DECAYS),
-            "perceptron": Arm("baseline", "the same perceptron, from the labels alone", trained(Labels), DECAYS),
+            "perceptron": Arm(
+                "baseline",
+                "the same perceptron, from the labels alone",
+                trained(Labels),
+                (*DECAYS, {"weight_decay": 2e-3}),
+            ),
             "teacher": Arm("control", "the tokenizer, which needs the graph", taught),
-            "gcn": Arm("control", "a GCN of the same depth without a codebook", plain),
+            "gcn": Arm("control", "a GCN of the same depth without a codebook", plain, GCN_DECAYS),
             **{
                 f"{who}, {size:,}": Arm("control", f"the time of the {who} on {size:,} nodes", timed(who, size))
                 for size in SIZES
@@ -105,7 +119,7 @@ def claim(data_root: str | None = None) -> Claim:
         checks=[*accuracy_checks(real), *time_checks()],
         data={"generated": "block model of 1,600 nodes, 4 classes of 5 communities", "real": sorted(real)},
         seeds=5,
-        note="Ratios of time depend on the machine, its load and the number of features (40 here).",
+        note=lambda result: note(result, [*GENERATED, *real]),
         settings={
             **TEACHER,
             **STUDENT,
@@ -119,10 +133,12 @@ def claim(data_root: str | None = None) -> Claim:
 
 
 def with_mean(outcome: Outcome, real: Mapping[str, Any]) -> Outcome:
-    """The outcome with the mean accuracy over real graphs, where there are any."""
-    known = [outcome.test[f"accuracy on {ground}"] for ground in real]
-    more = {"accuracy on real graphs": sum(known) / len(known)} if known else {}
-    return Outcome(outcome.val, {**outcome.test, **more})
+    """The outcome with the mean accuracy over real graphs, and over their nodes that joined, where there are any."""
+    test = dict(outcome.test)
+    for metric in ("accuracy", "accuracy_hidden") if real else ():
+        known = [test[f"{metric} on {ground}"] for ground in real if f"{metric} on {ground}" in test]
+        test[f"{metric} on real graphs"] = sum(known) / len(known)
+    return Outcome(outcome.val, test)
 
 
 def accuracy_checks(real: Mapping[str, Any]) -> list[Check]:
@@ -141,22 +157,13 @@ def accuracy_checks(real: Mapping[str, Any]) -> list[Check]:
     ]
     if real:
         found += [
-            Check("it is 10 points above labels alone, on real graphs", "vqgraph", "perceptron", "accuracy on real graphs", 0.10),
-            Check("codes cost no more than half a point, on real graphs", "vqgraph", "glnn", "accuracy on real graphs", -0.005),
-            Check("codes add to soft labels, on real graphs", "vqgraph", "glnn", "accuracy on real graphs", headline=False),
-            Check(
-                "it is within a point of its teacher, on real graphs",
-                "vqgraph",
-                "teacher",
-                "accuracy on real graphs",
-                -0.01,
-                headline=False,
-            ),
+            Check("it is 10 points above labels alone, on real graphs", "vqgraph", "perceptron", REALS, 0.10),
+            Check("codes cost no more than half a point, on real graphs", "vqgraph", "glnn", REALS, -0.005),
+            Check("codes add to soft labels, on real graphs", "vqgraph", "glnn", REALS, headline=False),
+            Check("and on their nodes that joined after training", "vqgraph", "glnn", JOINED, headline=False),
+            Check("it is within a point of its teacher, on real graphs", "vqgraph", "teacher", REALS, -0.01, headline=False),
+            Check("the codebook costs its teacher no more than 3 points there", "teacher", "gcn", REALS, -0.03, headline=False),
         ]  # fmt: skip
-    if "citeseer" in real:
-        hidden = "accuracy_hidden on citeseer"
-        words = "codes add to soft labels on papers of CiteSeer that joined after training"
-        found.append(Check(words, "vqgraph", "glnn", hidden, headline=False))
     return found
 
 
@@ -197,16 +204,17 @@ def times(size: int, seed: int) -> dict[str, dict[str, float]]:
     method = VQGraph(on, seed=seed).eval()
     student, tokenizer = NodeModel(method.student, False), NodeModel(method.teacher, True)
     nodes = on.test[:64]
-    whole = time_in_turns({"student": lambda _: student.whole(on), "tokenizer": lambda _: tokenizer.whole(on)}, 9)
+    whole = time_in_turns({"student": lambda _: student.whole(on), "tokenizer": lambda _: tokenizer.whole(on)}, 30)
     single = time_in_turns(
         {
-            "student": lambda turn: student.single(on, nodes[turn % 64 : turn % 64 + 1]),
-            "tokenizer": lambda turn: tokenizer.single(on, nodes[turn % 64 : turn % 64 + 1]),
+            "student": lambda call: student.single(on, nodes[call % 64 : call % 64 + 1]),
+            "tokenizer": lambda call: tokenizer.single(on, nodes[call % 64 : call % 64 + 1]),
         },
-        40,
+        60,
+        repeats=4,
     )
-    every = {who: math.log(found["median_seconds"]) for who, found in whole.items()}
-    one = {who: math.log(found["median_seconds"]) for who, found in single.items()}
+    every = {who: math.log(found["best_seconds"]) for who, found in whole.items()}
+    one = {who: math.log(found["best_seconds"]) for who, found in single.items()}
     computed = {"student": one["student"], "tokenizer": every["tokenizer"]}
     return {
         who: {
@@ -217,3 +225,30 @@ def times(size: int, seed: int) -> dict[str, dict[str, float]]:
         }
         for who in every
     }
+
+
+def note(result: Mapping[str, Any], grounds: Sequence[str]) -> str:
+    """What a reader must know, in numbers of this result."""
+
+    def mean(arm: str, metric: str) -> float:
+        values = result["arms"][arm]["metrics"][metric]
+        return float(sum(values) / len(values))
+
+    def sooner(size: int, metric: str) -> str:
+        return f"{math.exp(mean(f'tokenizer, {size:,}', metric) - mean(f'student, {size:,}', metric)):.1f}"
+
+    who = ("perceptron", "glnn", "vqgraph", "teacher", "gcn")
+    told = [f"{g}: " + ", ".join(f"{mean(arm, f'accuracy on {g}'):.3f}" for arm in who) for g in grounds]
+    joined = [
+        f"{g}: " + ", ".join(f"{mean(arm, f'accuracy_hidden on {g}'):.3f}" for arm in who)
+        for g in grounds
+        if f"accuracy_hidden on {g}" in result["arms"]["vqgraph"]["metrics"]
+    ]
+    used = ", ".join(f"{mean('teacher', f'codes_used on {g}'):.0f} on {g}" for g in grounds)
+    _, middle, large = SIZES
+    return (
+        f"Accuracies of {', '.join(who)}: {'; '.join(told)}. On nodes that joined after training: {'; '.join(joined)}. Codes used, of 128: {used}. "
+        f"A single request is answered {sooner(middle, 'log_single')} and {sooner(large, 'log_single')} times sooner at {middle:,} and {large:,} nodes, the "
+        f"tokenizer in its faster way; against one that answers for all nodes to answer for one, {sooner(large, 'log_one_of_all')} times at {large:,}; all "
+        f"answers at once {sooner(large, 'log_all')} times. Ratios of time depend on the machine, its load and the number of features (40 here)."
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from limbeck.blocks.search_spaces import Budget, Code, SearchSpace
+from limbeck.core.errors import UnknownNameError
 from limbeck.core.method import Method
 from limbeck.core.optim import TrainingConfig
 from limbeck.metrics.cost import count_flops, count_parameters
@@ -46,17 +47,49 @@ class SearchMethod(Method):
         return {name: float(bound) for name, bound in asked.items() if bound is not None}
 
 
-def costs_of(network: nn.Module, in_shape: tuple[int, ...]) -> dict[str, float]:
-    """``parameters``, and ``flops`` for one sample, of a network for inputs of that shape (without the batch)."""
-    sample = torch.zeros(1, *in_shape)
-    return {"parameters": float(count_parameters(network)), "flops": float(count_flops(network, sample))}
+COSTS: Mapping[str, Callable[[nn.Module, Any], float]] = {
+    "parameters": lambda network, _: float(count_parameters(network)),
+    "flops": lambda network, sample: float(count_flops(network, sample)),
+}
+"""What a bound may be on without a function of one's own: cost of a network and a batch of inputs."""
+
+
+def costs_of(network: nn.Module, inputs: Any, names: Iterable[str] = tuple(COSTS)) -> dict[str, float]:
+    """``parameters``, and ``flops`` for one sample, of a network.
+
+    Args:
+        network: any module.
+        inputs: the shape of one input (without the batch), or a batch of inputs.
+        names: which costs; counting FLOPs takes a forward pass.
+
+    Raises:
+        UnknownNameError: a cost that is not counted here.
+    """
+    shape = isinstance(inputs, tuple | list) and all(isinstance(n, int) for n in inputs)
+    sample = torch.zeros(1, *inputs) if shape else inputs
+    costs = {}
+    for name in names:
+        if name not in COSTS:
+            raise UnknownNameError("cost", name, COSTS, hint="Give a Budget with a function that knows it.")
+        costs[name] = COSTS[name](network, sample)
+    return costs
 
 
 def budget_for(
     space: SearchSpace,
-    in_shape: tuple[int, ...],
-    most: Mapping[str, float],
+    inputs: Any,
+    most: Budget | Mapping[str, float] | None,
     cost: Callable[[Code], Mapping[str, float]] | None = None,
 ) -> Budget:
-    """A budget over members of a space, whose costs are counted on the network itself unless ``cost`` knows them."""
-    return Budget(cost or (lambda code: costs_of(space.build(code), in_shape)), dict(most))
+    """A budget over members of a space. The costs that are bounded are counted on the network itself unless ``cost`` knows them.
+
+    Args:
+        space: what is searched.
+        inputs: see :func:`costs_of`.
+        most: bounds by name; None: no bounds. A budget is given back as it is.
+        cost: code -> costs.
+    """
+    if isinstance(most, Budget):
+        return most
+    bounds = dict(most or {})
+    return Budget(cost or (lambda code: costs_of(space.build(code), inputs, tuple(bounds))), bounds)

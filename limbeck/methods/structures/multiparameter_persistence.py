@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
@@ -184,7 +184,7 @@ class MultiparameterPersistence(StructureMethod):
         )
         chunk: int = Field(20, ge=1, description="samples in a step")
         backend: Backend = Field(
-            "auto", description="what decomposes: multipers, fibered (gudhi alone), or what is installed"
+            "auto", description="what decomposes: multipers, fibered (without it), or what is installed"
         )
         module_store: str | None = Field(
             None, description="folder that keeps decompositions for other runs; none: no store"
@@ -197,6 +197,7 @@ class MultiparameterPersistence(StructureMethod):
                 "powers": (0.0, 1.0, 2.0),
                 "bandwidths": (0.01, 0.05, 0.1),
                 "threshold": None,
+                "density_bandwidth": 0.1,
             }
         }
 
@@ -205,6 +206,16 @@ class MultiparameterPersistence(StructureMethod):
         def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
             if not value:
                 raise ValueError("needs at least one entry")
+            return value
+
+        @field_validator("degrees", "powers", "bandwidths")
+        @classmethod
+        def _not_negative(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+            least = min(value, default=0.0)
+            if not least >= 0 or (info.field_name == "bandwidths" and least == 0):
+                raise ValueError(
+                    f"must all be {'above' if info.field_name == 'bandwidths' else 'at least'} 0 (got {least})"
+                )
             return value
 
     class Setup(ShapeSetup):

@@ -253,8 +253,10 @@ class NotearsTopo(StructureMethod):
         )
         baseline: bool = Field(True, description="run NOTEARS as well, and show both")
         steps: int = Field(100, ge=1, description="steps of the search at most")
-        size_small: int | None = Field(None, ge=1, description="candidates at first; none: all (linear), 100, mlp 10")
-        size_large: int | None = Field(None, ge=0, description="candidates later; none: all pairs, mlp 40")
+        size_small: int | None = Field(
+            None, ge=1, description="candidates at first; none: all pairs (linear), 100 (logistic), 10 (mlp)"
+        )
+        size_large: int | None = Field(None, ge=0, description="candidates later; none: all pairs, 40 (mlp)")
         n_large: int = Field(1, ge=0, description="how often the large one may help")
         move: Literal["swap", "insert-after", "insert-before"] = Field("swap", description="what is done with a pair")
         choose: Literal["first", "multi"] = Field("first", description="the first move that helps, or several (mlp)")

@@ -29,7 +29,6 @@ from limbeck.methods.structures.multiparameter_persistence import (
 from limbeck.tasks.point_clouds import circles
 from tests.helpers import Stopped, lines
 
-pytest.importorskip("gudhi")
 torch.set_num_threads(1)
 SMALL: dict = {"lines": 3, "resolution": 3, "backend": "fibered"}
 TINY = {"task": "circles", "train_size": 8, "held_size": 4, "circle_points": 12, "outliers": 2}
@@ -178,8 +177,22 @@ def test_persistence_images_are_gaussians_at_bars() -> None:
     assert set(peak) == {0, 10}  # least birth, longest bar
     with pytest.raises(InputError, match="no parameter 2"):
         cut(cycle, 2)
+    assert not PersistenceImages().fit(bars).transform([[[np.zeros((0, 2))] * 2] * 2]).any()
     with pytest.raises(UnknownNameError, match="diagonal"):
         cut(cycle, "diagnal")  # type: ignore[arg-type]
+
+
+def test_persistence_images_are_those_of_gudhi() -> None:
+    representations = pytest.importorskip("gudhi.representations")
+    births = np.random.default_rng(0).uniform(0, 1, 9)
+    bars = np.column_stack([births, births + np.random.default_rng(1).uniform(0.1, 1, 9)])
+    births[0], births[1], bars[2] = 0.0, 1.0, [0.5, 1.5]
+    bars[:2, 0], bars[:2, 1] = births[:2], births[:2] + 0.4  # births fill [0, 1], lengths reach 1
+    own = PersistenceImages(bandwidth=0.1, power=2.0, resolution=7).fit([[[bars]]]).transform([[[bars]]])
+    theirs = representations.PersistenceImage(
+        bandwidth=0.1, weight=lambda point: point[1] ** 2, resolution=[7, 7], im_range=[0, 1, 0, 1]
+    )
+    np.testing.assert_allclose(own, theirs.fit_transform([bars]), rtol=1e-12)
 
 
 def test_bad_data_gives_one_clear_line(clouds) -> None:
@@ -203,8 +216,14 @@ def test_bad_data_gives_one_clear_line(clouds) -> None:
         Decomposer().transform([x])
     with pytest.raises(UnknownNameError, match="did you mean image"):
         MultiparameterRepresentation("imag").fit(x)
-    with pytest.raises(InputError, match="powers: needs at least one entry"):
-        MultiparameterPersistence(powers=())
+    for settings, message in (
+        ({"powers": ()}, "powers: needs at least one entry"),
+        ({"powers": (1.0, -1.0)}, "powers: must all be at least 0"),
+        ({"degrees": (-1,)}, "degrees: must all be at least 0"),
+        ({"bandwidths": (0.0,)}, "bandwidths: must all be above 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            MultiparameterPersistence(**settings)
 
 
 # ---- the run by name ---------------------------------------------------------------------------------------------------
