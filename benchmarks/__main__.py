@@ -16,6 +16,7 @@ from benchmarks import (
     matching,
     score_steps,
     splatting,
+    subnetworks,
     teacher_cache,
 )
 
@@ -68,6 +69,16 @@ def main() -> None:
             "`pvd` of a hash field into a deep perceptron",
             "training that on the pictures until it is as good",
             field_conversion.measure(),
+        ),
+        (
+            "a step of `deps`, four networks",
+            "the same networks by hand",
+            subnetworks.measure(subnetworks.steps(), subnetworks.ALLOWED_STEP),
+        ),
+        (
+            "judging a sub-network of a super-network",
+            "an epoch of training it alone",
+            subnetworks.measure(subnetworks.judging(), subnetworks.ALLOWED_JUDGING),
         ),
         (
             f"approximated concentration, {concentration.NODES:,} nodes of degree {concentration.DEGREES[1]}",

@@ -95,15 +95,13 @@ def _methods(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps([card.as_dict() for card in cards], indent=1, ensure_ascii=False))
         return 0
-    width = max((len(card.name) for card in cards), default=0)
+    width = max(len(card.name) for card in cards)
     for family, meaning in catalogue.FAMILIES.items():
         members = [card for card in cards if card.family == family]
         if members:
             print(f"{family}: {meaning}")
             for card in members:
                 print(f"  {card.name:{width}}  {card.summary}{' [baseline]' if card.baseline else ''}")
-    if not cards:
-        print(f"no methods in family '{options.family}' yet")
     return 0
 
 

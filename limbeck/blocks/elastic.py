@@ -83,9 +83,8 @@ class ElasticLinear(ElasticLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         self.inputs = x.shape[-1]
-        self.work = 2.0 * x[0].numel() * self.width
-        bias = None if self.bias is None else self.bias[: self.width]
-        return F.linear(x, self.weight[: self.width, : self.inputs], bias)
+        self.work = 2.0 * (x.numel() // len(x)) * self.width
+        return F.linear(x, _first(_first(self.weight, self.width), self.inputs, 1), _first(self.bias, self.width))
 
     def parts(self) -> Parts:
         out = slice(self.width)
@@ -117,12 +116,14 @@ class ElasticConv2d(ElasticLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         self.inputs = x.shape[1]
-        parts = self.parts()
-        weight = self.weight[parts["weight"]]
-        bias = None if self.bias is None else self.bias[parts["bias"]]
-        groups = self.inputs if self.depthwise else 1
-        out = F.conv2d(x, weight, bias, self.stride, self._pads(), self.dilation, groups)
-        self.work = 2.0 * out[0].numel() * weight[0].numel()
+        outputs, groups = (self.inputs, self.inputs) if self.depthwise else (self.width, 1)
+        weight = _first(self.weight, outputs)
+        weight = weight if self.depthwise else _first(weight, self.inputs, 1)
+        if self.kernel < self.kernel_size[0]:
+            edge = (self.kernel_size[0] - self.kernel) // 2
+            weight = weight[..., edge : edge + self.kernel, edge : edge + self.kernel]
+        out = F.conv2d(x, weight, _first(self.bias, outputs), self.stride, self._pads(), self.dilation, groups)
+        self.work = 2.0 * (out.numel() // len(out)) * (weight.numel() // outputs)
         return out
 
     def parts(self) -> Parts:
@@ -160,7 +161,7 @@ class _ElasticBatchNorm(ElasticLayer):
                 momentum = 1.0 / float(self.num_batches_tracked)
         own = self.training or self.running_mean is None
         tensors = (self.running_mean, self.running_var, self.weight, self.bias)
-        mean, var, weight, bias = (None if t is None else t[:n] for t in tensors)
+        mean, var, weight, bias = (_first(t, n) for t in tensors)
         return F.batch_norm(x, mean, var, weight, bias, own, momentum or 0.0, self.eps)
 
     def parts(self: Any) -> Parts:
@@ -192,8 +193,7 @@ class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         self.inputs = n = x.shape[-1]
-        weight, bias = (None if t is None else t[:n] for t in (self.weight, self.bias))
-        return F.layer_norm(x, (n,), weight, bias, self.eps)
+        return F.layer_norm(x, (n,), _first(self.weight, n), _first(self.bias, n), self.eps)
 
     def parts(self) -> Parts:
         return {n: (slice(self.inputs),) for n in ("weight", "bias") if getattr(self, n) is not None}
@@ -354,6 +354,11 @@ def _cut(module: nn.Module, path: str, done: dict[int, nn.Module]) -> nn.Module:
     for name, child in list(twin.named_children()):
         twin._modules[name] = _cut(child, f"{path}.{name}".lstrip("."), done)
     return twin
+
+
+def _first(tensor: Any, count: int, axis: int = 0) -> Any:
+    """The first entries along an axis; the tensor itself where these are all, as a slice costs a copy of the gradient."""
+    return tensor if tensor is None or tensor.shape[axis] == count else tensor.narrow(axis, 0, count)
 
 
 def _become(module: nn.Module, kind: type[ElasticLayer]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from limbeck import networks
 from limbeck.blocks.bn_calibration import recalibrate
 from limbeck.blocks.evolution import Evolution
-from limbeck.blocks.search_spaces import Budget, Code
+from limbeck.blocks.search_spaces import Budget, Code, SearchSpace
 from limbeck.core.batch import Batch, Losses, call_model, logits_of
 from limbeck.core.data import Data, mix_seed
 from limbeck.core.errors import InputError
@@ -27,6 +27,7 @@ from limbeck.networks.artifacts import save_model
 from limbeck.networks.supernets import SuperNetwork
 from limbeck.report.fronts import front_png
 from limbeck.tasks.base import Task, load_task
+from limbeck.tasks.holdout import Part
 from limbeck.tasks.judging import judge_classifiers
 from limbeck.tasks.teachers import predictions
 
@@ -57,6 +58,9 @@ class SupernetMethod(SearchMethod):
         )
         budgets: int = Field(4, ge=1, description="budgets, spaced evenly in log FLOPs, in which the search looks")
         search: int = Field(40, ge=0, description="sub-networks that the search judges in each budget; 0: no search")
+        judged_on: int = Field(
+            1000, ge=1, description="validation samples that judge a sub-network in the search, at most"
+        )
         population: int = Field(16, ge=1, description="sub-networks alive in the evolutionary search")
 
     class Setup(SearchMethod.Setup):
@@ -122,13 +126,16 @@ class SupernetMethod(SearchMethod):
         return [Budget(costs, {**self.most, "flops": max(bound, low)}) for bound in bounds]
 
     def search_stage(self, val: Data, seed: int) -> Stage:
-        """One step judges one sub-network; budget after budget."""
+        """One step judges one sub-network; budget after budget. Each begins with the largest uniform sub-networks within it."""
         config = self.config
+        generator = torch.Generator().manual_seed(mix_seed(seed, 43))
+        judges = Part(val, torch.randperm(len(val), generator=generator)[: config.judged_on].sort().values)
         population = min(config.population, config.search)
         sample = max(1, population // 3)
+        space = _AllSizes(self.supernet.space.name, self.supernet.space.choices, self.supernet.space.make)
         self.searches = {
             f"budget {k + 1}": Evolution(
-                self.supernet.space,
+                space,
                 budget,
                 population=population,
                 sample=sample,
@@ -140,11 +147,13 @@ class SupernetMethod(SearchMethod):
         }
 
         def judge(_: Batch | None, stepper: Stepper) -> dict[str, Tensor]:
-            search = list(self.searches.values())[stepper.step // config.search]
-            code = self.supernet.canonical(search.ask())
+            level, position = divmod(stepper.step, config.search)
+            search = list(self.searches.values())[level]
+            first = self._uniform_within(search.budget)[: config.search // 2]
+            code = self.supernet.canonical(first[position] if position < len(first) else search.ask())
             known = {c: score for each in self.searches.values() for c, score in each.history}
             if code not in known:
-                found = self.quality(code, val)
+                found = self.quality(code, judges)
                 known[code] = found["accuracy"] - TIES * found["nll"]
             search.tell(code, known[code])
             return {"score": torch.tensor(known[code]), "flops": torch.tensor(self.supernet.costs(code)["flops"])}
@@ -168,8 +177,13 @@ class SupernetMethod(SearchMethod):
         front = self.front()
         if front:
             return list(front.values())[-1]
-        fits = Budget(self.supernet.costs, self.most)
-        return max(filter(fits.allows, self.supernet.uniform()), key=lambda c: self.supernet.costs(c)["flops"])
+        return self._uniform_within(Budget(self.supernet.costs, self.most))[0]
+
+    def _uniform_within(self, budget: Budget) -> list[Code]:
+        """The uniform sub-networks within a budget, largest first."""
+        return sorted(
+            filter(budget.allows, self.supernet.uniform()), key=lambda code: -self.supernet.costs(code)["flops"]
+        )
 
     def _within(self, code: Code) -> None:
         costs = self.supernet.costs(code)
@@ -197,6 +211,8 @@ class SupernetMethod(SearchMethod):
         """The method on a user's own super-network."""
         if student is None:
             raise InputError(f"{cls.name} needs student=… (a SuperNetwork)")
+        if teacher is not None:
+            raise InputError(f"{cls.name} takes no teacher: the super-network's full size teaches the others")
         return cls(student, config)
 
     def prepare_run(self, train: Data, val: Data | None, setup: Any = None) -> None:
@@ -293,6 +309,18 @@ class SupernetMethod(SearchMethod):
             save_model(self.subnetwork(code), target, {**own, "subnetwork": about})
             table.append({"who": who, "code": list(code), **about})
         write_json(folder / "subnetworks.json", {"subnetworks": table})
+
+
+class _AllSizes(SearchSpace):
+    """Draws small members as often as large ones: each draw has a largest share of the options that it may take.
+
+    Uniform members of a space of many choices are nearly all of middling size, and none would be within a small budget.
+    """
+
+    def sample(self, generator: torch.Generator) -> Code:
+        share = float(torch.rand((), generator=generator))
+        counts = (1 + int(share * len(options)) for options in self.choices.values())
+        return tuple(int(torch.randint(count, (), generator=generator)) for count in counts)
 
 
 def check_finite(losses: Losses) -> None:

@@ -202,6 +202,8 @@ def test_search_stays_in_its_budgets_and_students_are_calibrated():
     Engine(None, QUIET, seed=0).run(method, method.stages(data(), val))
     bounds = [search.budget.most["flops"] for search in method.searches.values()]
     assert bounds == sorted(bounds) and bounds[-1] == net.costs(net.largest)["flops"]
+    top = list(method.searches.values())[-1].history
+    assert top[0][0] == net.largest and max(score for _, score in top) >= top[0][1]
     for search, bound in zip(method.searches.values(), bounds, strict=True):
         assert len(search.history) == 10
         assert all(net.costs(code)["flops"] <= bound for code, _ in search.history)
@@ -210,6 +212,15 @@ def test_search_stays_in_its_budgets_and_students_are_calibrated():
     first = plain.blocks[0].norm1
     torch.testing.assert_close(first.running_mean, plain.stem(x.flatten(1, 0) if x.ndim < 2 else x).mean((0, 1)))
     assert method.quality(net.largest, val)["accuracy"] > 0.7
+
+
+def test_small_budgets_of_large_spaces_are_searched():
+    net = build("elasticmbconv-w2-s3-d4-e6-k7", in_shape=(1, 8, 8), num_classes=3)
+    method = DepS(net, steps=8, budgets=6, search=4, population=2)
+    method.search_stage(data(30), 0)
+    for search in method.searches.values():
+        code = search.ask()
+        assert search.budget.allows(code)
 
 
 def test_a_bound_chooses_a_student_within_it():
@@ -293,5 +304,7 @@ def test_bad_input_is_named():
         limbeck.fit("deps", task="wine", student="mlp-8")
     with pytest.raises(InputError, match="has classes 0 to 2"):
         DepS(supernet(), steps=9).check(limbeck.core.batch.Batch(torch.zeros(4, 6), torch.tensor([0, 1, 2, 3])))
+    with pytest.raises(InputError, match="takes no teacher"):
+        limbeck.fit("deps", data(), student=supernet(), teacher=nn.Linear(6, 3))
     with pytest.raises(InputError, match="needs labels"):
         DepS(supernet(), steps=9)(torch.zeros(4, 6))
