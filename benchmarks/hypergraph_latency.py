@@ -1,7 +1,8 @@
 """A perceptron against the hypergraph network that taught it, 55,000 vertices: all answers at once, single requests, and memory.
 
 The network is the published one (HGNN, two layers, 32 wide), its sparse matrices are made before. For a single request it gathers the vertex'
-two-hop neighbourhood, of which it needs nothing else; where it would be faster to answer for the whole hypergraph, that time counts.
+two-hop neighbourhood, of which it needs nothing else; where it would be faster to answer for the whole hypergraph, that time counts. All answers at once are
+no gain: the perceptron's hidden layer is four times as wide, which costs more than the network's sparse products; the bound is on how much more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from limbeck.tasks.judging_nodes import NodeModel
 from limbeck.tasks.node_classification import NodeSetup, NodeTask, load_nodes
 
 VERTICES = 55_000
-ALLOWED_WHOLE, ALLOWED_SINGLE = 1.5, 0.1
+ALLOWED_WHOLE, ALLOWED_SINGLE = 3.0, 0.1
 MEMORY = 4 * 2**30
 
 

@@ -57,14 +57,18 @@ def export_artifact(
         raise InputError(
             "the artifact does not say the shape of its input: use limbeck.adapters.export.export_onnx(model, sample, path)"
         )
-    sample = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    from limbeck.adapters.token_export import FromTokens, takes_tokens, token_sample
+
+    model = artifact.content
+    if takes_tokens(model):
+        sample, model, samples = token_sample(model, shape[0]), FromTokens(model), None
+    else:
+        sample = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     if to == "onnx":
-        return export_onnx(artifact.content, sample, target)
+        return export_onnx(model, sample, target)
     from limbeck.adapters.onnx_int8 import export_onnx_int8
 
-    return export_onnx_int8(
-        artifact.content, sample if samples is None else samples, target, calibrate=samples is not None
-    )
+    return export_onnx_int8(model, sample if samples is None else samples, target, calibrate=samples is not None)
 
 
 def export_onnx(model: nn.Module, sample: Tensor, path: str | Path, tolerance: float = TOLERANCE) -> Path:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from limbeck.core.errors import RunError
 
+PIECE = 1 << 16
+"""Bits that are decoded at once."""
 LONGEST = 56
 """Bits of the longest code that the decoder reads. Longer ones need more than 10^11 symbols."""
 
@@ -82,28 +84,30 @@ class Huffman:
     def decode(self, data: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
         """The first ``count`` symbols of an encoded text.
 
-        All bit positions are read at once as if a code began there; the chain of those where one does is then followed by doubling.
+        Piece by piece, all bit positions are read at once as if a code began there; the chain of those where one does is then followed by doubling.
 
         Raises:
             RunError: the data ends too early.
         """
-        if count == 0:
-            return np.zeros(0, np.uint8)
         order, starts = self.codewords()
-        bits = np.unpackbits(data)
         deepest = int(self.lengths.max())
-        padded = np.concatenate([bits, np.zeros(deepest, np.uint8)])
-        windows = np.zeros(len(bits), np.uint64)
-        for place in range(deepest):
-            windows |= padded[place : place + len(bits)].astype(np.uint64) << np.uint64(LONGEST - 1 - place)
-        symbols = order[np.searchsorted(starts, windows, side="right") - 1]
-        end = len(bits)
-        jump = np.append(np.minimum(np.arange(end) + self.lengths[symbols], end), end)
-        chain = np.zeros(1, np.int64)
-        while len(chain) < count:
-            chain = np.concatenate([chain, jump[chain]])
-            jump = jump[jump]
-        chain = chain[:count]
-        if chain[-1] >= end or chain[-1] + int(self.lengths[symbols[chain[-1]]]) > end:
+        bits = np.concatenate([np.unpackbits(data), np.zeros(deepest, np.uint8)])
+        found: list[NDArray[np.uint8]] = []
+        at, missing, end = 0, count, 8 * len(data)
+        while missing > 0 and at < end:
+            length = min(PIECE, end - at)
+            windows = np.zeros(length, np.uint64)
+            for place in range(deepest):
+                windows |= bits[at + place : at + place + length].astype(np.uint64) << np.uint64(LONGEST - 1 - place)
+            symbols = order[np.searchsorted(starts, windows, side="right") - 1]
+            after = np.arange(length) + self.lengths[symbols]  # may lie in the next piece
+            jump, chain = np.append(np.minimum(after, length), length), np.zeros(1, np.int64)
+            while chain[-1] < length:
+                chain, jump = np.concatenate([chain, jump[chain]]), jump[jump]
+            chain = chain[chain < length][:missing]
+            found.append(symbols[chain].astype(np.uint8))
+            missing -= len(chain)
+            at += int(after[chain[-1]])
+        if missing > 0 or at > end:
             raise RunError("a Huffman-coded tensor is damaged: it ends too early")
-        return symbols[chain].astype(np.uint8)
+        return np.concatenate([np.zeros(0, np.uint8), *found])

@@ -5,7 +5,8 @@ each bucket ``v = (w - beta) / alpha`` lies in [0, 1], with ``beta = min`` and `
 levels ``p`` in that scaled space quantises it: ``w_q = alpha * p[c] + beta`` with codes c, the index of the nearest level.
 
 Source: "Model compression via distillation and quantization" (2018). Its code also scales by the largest magnitude or the norm with the sign kept
-apart, subtracts means and clips; none of its results use them, and they are left out.
+apart, subtracts means and clips; none of its results use them, and they are left out. It keeps fixed weights sorted, to look only at those near a moved
+midpoint when levels are learned; here all are looked up by bisection.
 """
 
 from __future__ import annotations
@@ -108,11 +109,11 @@ def quantile_levels(weight: Tensor, count: int, bucket: int | None) -> Tensor:
     return torch.lerp(values[below], values[above], (at - below).float())
 
 
-def uniform_codes(v: Tensor, count: int, stochastic: bool = False) -> Tensor:
-    """Codes of the nearest of ``count`` equally spaced levels; or of one of the two neighbours, at random and right on average."""
+def uniform_steps(v: Tensor, count: int, stochastic: bool = False) -> Tensor:
+    """Codes, as floats, of the nearest of ``count`` equally spaced levels; or of one of the two neighbours, at random and right on average."""
     steps = v * (count - 1)
-    steps = (steps + torch.rand_like(steps)).floor() if stochastic else steps.round()
-    return steps.clamp_(0, count - 1).long()
+    steps = (steps + torch.rand_like(steps)).floor_() if stochastic else steps.round_()
+    return steps.clamp_(0, count - 1)
 
 
 def nearest_codes(v: Tensor, levels: Tensor) -> Tensor:
@@ -174,10 +175,10 @@ def _fitted(weight: Tensor, gradient: Gradient) -> Tensor:
 def _assign(
     weight: Tensor, levels: Tensor | int, bucket: int | None, stochastic: bool
 ) -> tuple[Tensor, Tensor, Scaling]:
-    """The increasing table, codes (M, k), scaling."""
+    """The increasing table, codes (M, k) (floats of uniform levels), scaling."""
     v, scaling = scaled(to_buckets(weight, bucket))
     if isinstance(levels, int):
-        return uniform_levels(levels, weight), uniform_codes(v, levels, stochastic), scaling
+        return uniform_levels(levels, weight), uniform_steps(v, levels, stochastic), scaling
     table = levels.detach().float().sort().values
     return table, nearest_codes(v, table), scaling
 
@@ -199,9 +200,17 @@ class _Quantise(torch.autograd.Function):
     ) -> Tensor:
         fitted = _fitted(weight, gradient)
         used, codes, scaling = _assign(fitted, levels, bucket, stochastic)
-        values = used[codes]
+        values = codes / (levels - 1) if isinstance(levels, int) else used[codes]
         ctx.bucket, ctx.gradient = bucket, gradient
-        ctx.save_for_backward(weight, codes, values, scaling.offset, scaling.width, table)
+        whole = gradient == "scaling"
+        ctx.save_for_backward(
+            weight if gradient != "straight-through" else None,
+            codes if table is not None else None,
+            values if whole else None,
+            scaling.offset if whole else None,
+            scaling.width if whole or table is not None else None,
+            table,
+        )
         return from_buckets(_place(values, scaling), weight.shape).to(weight.dtype)
 
     @staticmethod
@@ -209,13 +218,12 @@ class _Quantise(torch.autograd.Function):
         grad = grads[0]
         weight, codes, values, offset, width, table = ctx.saved_tensors
         to_weight = to_table = None
-        rows = _zero_filled(grad.float(), codes)
         if ctx.needs_input_grad[0]:
             to_weight = grad
             if ctx.gradient == "truncated":
                 to_weight = grad * (weight.abs() <= 1)
             elif ctx.gradient == "scaling":
-                original = to_buckets(weight.float(), ctx.bucket)
+                original, rows = to_buckets(weight.float(), ctx.bucket), _zero_filled(grad, values)
                 shift = (rows * (values - (original - offset) / width)).sum(1, keepdim=True)
                 ends = torch.zeros_like(rows)
                 flat = width > SMALLEST_WIDTH  # a constant bucket has a fixed width
@@ -224,14 +232,14 @@ class _Quantise(torch.autograd.Function):
                 ends.scatter_add_(1, original.argmin(1, keepdim=True), -shift * flat)
                 to_weight = (grad + from_buckets(ends, weight.shape)).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            order = table.argsort()  # codes are of the sorted table
+            order, rows = table.argsort(), _zero_filled(grad, codes)  # codes are of the sorted table
             summed = torch.bincount(codes.reshape(-1), (width * rows).reshape(-1), minlength=len(table))
             to_table = torch.zeros_like(table).index_copy_(0, order, summed.to(table.dtype))
         return to_weight, to_table, None, None, None, None
 
 
-def _zero_filled(grad: Tensor, codes: Tensor) -> Tensor:
-    """Gradients in the codes' buckets; what fills the last one up has none."""
-    missing = codes.numel() - grad.numel()
-    flat = grad.reshape(-1)
-    return (torch.cat([flat, flat.new_zeros(missing)]) if missing else flat).view(codes.shape)
+def _zero_filled(grad: Tensor, like: Tensor) -> Tensor:
+    """Gradients in buckets (M, k); what fills the last one up has none."""
+    missing = like.numel() - grad.numel()
+    flat = grad.float().reshape(-1)
+    return (torch.cat([flat, flat.new_zeros(missing)]) if missing else flat).view(like.shape)

@@ -64,7 +64,7 @@ class ScoredSearchConfig(Config):
     def _sizes(self) -> Self:
         if not self.parents <= self.sample <= self.population:
             raise ValueError(
-                f"parents ({self.parents}) must not exceed sample ({self.sample}), nor that population ({self.population})"
+                f"an evolution needs parents <= sample <= population, not {self.parents}, {self.sample} and {self.population}"
             )
         return self
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from limbeck.blocks.one_shot_pruning import as_matrix, transposed
 from limbeck.core.errors import InputError
 
-Backend = Literal["auto", "scipy", "torch", "semi-structured", "dense"]
-Named = Literal["scipy", "torch", "semi-structured", "dense"]
+Backend = Literal["auto", "csr", "scipy", "torch", "semi-structured", "dense"]
+Named = Literal["csr", "scipy", "torch", "semi-structured", "dense"]
+DENSEST, SMALLEST = 0.105, 1 << 18
+"""Share of non-zeros up to which, and number of weights from which on, skipping zeros is faster on a CPU; see ``benchmarks/sparse_layers.py``."""
 
 
 class SparseLinear(nn.Module):
@@ -24,9 +26,10 @@ class SparseLinear(nn.Module):
 
     Args:
         layer: an ``nn.Linear``, or 🤗 transformers' ``Conv1D``; it is left alone.
-        backend: ``scipy`` (compressed rows, one thread), ``torch`` (compressed rows, all threads), ``semi-structured`` (2:4, on an NVIDIA GPU, in half
-            precision or int8), ``dense``. ``auto``: on a GPU semi-structured where W is 2:4 and the GPU can, else dense; on a CPU scipy, or torch where
-            there are several threads and W is large, if W has at most a tenth of its weights, else dense, which is faster there.
+        backend: ``scipy`` (compressed rows, one thread), ``torch`` (compressed rows, all threads), ``csr`` (the former for a single x, the latter for
+            several: each is the faster one there), ``semi-structured`` (2:4, on an NVIDIA GPU, in half precision or int8), ``dense``. ``auto``: on a GPU
+            semi-structured where W is 2:4 and the GPU can; on a CPU csr where W has a tenth of its weights at most and 512 x 512 at least; else dense,
+            which is faster there.
 
     Raises:
         InputError: another kind of layer, or a backend that cannot work with this weight on this device.
@@ -42,7 +45,7 @@ class SparseLinear(nn.Module):
         self.backend: Named = choose_backend(matrix) if backend == "auto" else backend
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._scipy: Any = None
-        if self.backend in ("scipy", "torch"):
+        if self.backend in ("csr", "scipy", "torch"):
             with warnings.catch_warnings():  # PyTorch says once that the format is in beta
                 warnings.simplefilter("ignore")
                 sparse = matrix.to_sparse_csr()
@@ -57,7 +60,7 @@ class SparseLinear(nn.Module):
                     "semi-structured execution needs 2:4 sparse weights in half precision or int8 on an NVIDIA GPU of compute capability 8 or more, "
                     f"not {matrix.dtype} on {matrix.device}"
                 )
-            # A tensor subclass, which moves between devices by itself but goes into no state dict.
+            # A tensor subclass that stays on its GPU and goes into no state dict.
             self.dense = torch.sparse.to_sparse_semi_structured(matrix.contiguous())
 
     bias: Tensor | None
@@ -79,7 +82,8 @@ class SparseLinear(nn.Module):
         if self.backend in ("dense", "semi-structured"):
             return F.linear(x, self.dense, self.bias)
         rows = x.reshape(-1, self.in_features)
-        y = self._by_scipy(rows) if self.backend == "scipy" else self._by_torch(rows)
+        single = self.backend == "csr" and len(rows) == 1 and rows.device.type == "cpu"
+        y = self._by_scipy(rows) if self.backend == "scipy" or single else self._by_torch(rows)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -111,9 +115,8 @@ def choose_backend(matrix: Tensor) -> Named:
     """What ``auto`` means for a matrix where it is, see :class:`SparseLinear`; measured by ``benchmarks/sparse_layers.py``."""
     if matrix.device.type != "cpu":
         return "semi-structured" if can_semi_structured(matrix) else "dense"
-    if matrix.dtype not in (torch.float32, torch.float64) or float((matrix != 0).double().mean()) > 0.1:
-        return "dense"
-    return "torch" if torch.get_num_threads() > 1 and matrix.numel() >= 1 << 21 else "scipy"
+    known = matrix.dtype in (torch.float32, torch.float64) and matrix.numel() >= SMALLEST
+    return "csr" if known and float((matrix != 0).double().mean()) <= DENSEST else "dense"
 
 
 def can_semi_structured(matrix: Tensor) -> bool:
@@ -126,7 +129,9 @@ def can_semi_structured(matrix: Tensor) -> bool:
 
 
 def sparse_execution(model: nn.Module, layers: Mapping[str, nn.Module], backend: Backend = "auto") -> nn.Module:
-    """A copy of a network for inference whose named linear layers skip their zeros; other kinds of layer stay as they are.
+    """A copy of a network for inference whose named linear layers skip their zeros.
+
+    Other kinds of layer stay as they are, and so does the last one in PyTorch's ``MultiheadAttention``, which uses its weight without calling it.
 
     Args:
         model: in evaluation mode afterwards; the original is left alone.
@@ -136,7 +141,13 @@ def sparse_execution(model: nn.Module, layers: Mapping[str, nn.Module], backend:
     made = copy.deepcopy(model).eval()
     for name in layers:
         layer = made.get_submodule(name)
-        if isinstance(layer, nn.Linear) or transposed(layer):
-            parent, _, own = name.rpartition(".")
-            setattr(made.get_submodule(parent), own, SparseLinear(layer, backend))
+        path, _, own = name.rpartition(".")
+        parent = made.get_submodule(path)
+        if (isinstance(layer, nn.Linear) or transposed(layer)) and not isinstance(parent, nn.MultiheadAttention):
+            setattr(parent, own, SparseLinear(layer, backend))
+    for module in made.modules():  # their fused kernels read the weights of layers instead of calling them
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     return made

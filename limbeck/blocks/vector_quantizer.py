@@ -249,7 +249,7 @@ class VectorQuantizer(nn.Module):
 
 
 def usage_of(counts: Tensor) -> dict[str, float]:
-    r"""``codes_used``: how many of the counts (M,) are above 0; ``perplexity``: :math:`\exp(-\sum_m p_m \ln p_m)`, from 1 (collapse) to M."""
+    r"""``codes_used``: how many of the counts (M,) are above 0; ``code_perplexity``: :math:`\exp(-\sum_m p_m \ln p_m)`, from 1 (collapse) to M."""
     share = counts.double() / counts.sum().double().clamp_min(1e-12)
     entropy = float(torch.special.entr(share).sum())
-    return {"codes_used": float((counts > 0).sum()), "perplexity": math.exp(entropy)}
+    return {"codes_used": float((counts > 0).sum()), "code_perplexity": math.exp(entropy)}

@@ -83,7 +83,9 @@ def graph_function(name: str, nodes: int, edge_index: Any) -> Floats:
         if not 0 < time < np.inf:
             raise InputError(f"the time of '{name}' must be above 0 and finite")
         return _heat(nodes, pairs, degrees, time)
-    raise UnknownNameError("function on nodes", name, GRAPH_FUNCTIONS)
+    raise UnknownNameError(
+        "function on nodes", name, GRAPH_FUNCTIONS, hint="Known: degree, hks, hks-T with a time T, curvature."
+    )
 
 
 def _heat(nodes: int, pairs: NDArray[np.int64], degrees: Floats, time: float) -> Floats:

@@ -1,14 +1,14 @@
 """Losses that compare how the channels of a student and of a teacher go together.
 
 float16 and bfloat16 are cast to float32. Gradients flow into **both** arguments; detach the teacher unless it is to learn too. A channel
-that is zero throughout correlates with none: its row is zeros.
+that is zero throughout correlates with none: its row is zeros. So is, as in the published code, a row no longer than 1e-12 before it is scaled: a class whose gradient is
+negligible says nothing.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from limbeck.core.errors import InputError
@@ -77,6 +77,4 @@ def semantic_similarity_loss(student: Tensor, teacher: Tensor, compare: Semantic
 def _correlations(features: Tensor) -> Tensor:
     """(B, C, C), rows of length 1."""
     rows = full_precision(features).flatten(2) if features.ndim > 2 else full_precision(features)[..., None]
-    # Scaled first, so that the squares of large or tiny numbers stay numbers; the rows' directions do not change.
-    rows = rows / rows.detach().abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     return unit_vectors(rows @ rows.transpose(1, 2), axis=2, eps=1e-12)

@@ -214,6 +214,8 @@ _KNOWN = [
     Measure("latency", "latency, batch of 64", "seconds", "lower", "cost"),
     Measure("latency_8", "latency, batch of 8", "seconds", "lower", "cost"),
     Measure("latency_ratio", "latency, ratio to the first", "ratio", "lower", "cost"),
+    Measure("sparse_latency_ratio", "latency when zeros are skipped, ratio to dense", "ratio", "lower", "cost"),
+    Measure("sparse_single_ratio", "the same for a single sample", "ratio", "lower", "cost"),
     Measure("latency_whole", "latency, all nodes", "seconds", "lower", "cost"),
     Measure("latency_single", "latency, a single node", "seconds", "lower", "cost"),
     Measure("ratio_whole", "latency of all nodes, ratio to the first", "ratio", "lower", "cost"),
@@ -228,6 +230,8 @@ _KNOWN = [
     Measure("ratio_teacher_wrong", "mean weight of the teacher over training, where it is wrong"),
     Measure("final_ratio", "mean weight of the teacher at the end"),
     Measure("top1_agreement", "same answers as the teacher", "percent", "higher", "agreement"),
+    Measure("features", "distance of the blocks' outputs", "number", "lower", "agreement"),
+    Measure("worst_block", "distance in the worst block", "number", "lower", "agreement"),
     Measure("kl", "KL(teacher, student)", "number", "lower", "agreement"),
 ]
 KNOWN: Mapping[str, Measure] = {m.name: m for m in _KNOWN}

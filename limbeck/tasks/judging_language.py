@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from limbeck.core.batch import Batch, call_model, logits_of
 from limbeck.core.data import Data
 from limbeck.core.errors import InputError
-from limbeck.losses.tokens import token_rows
+from limbeck.losses.tokens import IGNORED, token_rows
 from limbeck.tasks.judging import costs
 
 ROWS = 4096
@@ -70,8 +71,23 @@ def token_measures(
     return score.measures(perplexity)
 
 
+def check_token_teacher(teacher: nn.Module, data: Data, *, shift: bool, complete: Any = None) -> float:
+    """A teacher's accuracy for each token; warns where always saying the most frequent one would be as good."""
+    accuracy = token_measures(teacher, data, shift=shift, complete=complete, perplexity=False)["accuracy"]
+    labels = [_labels(batch)[:, 1 if shift else 0 :].flatten() for batch in data.batches()]
+    counts = torch.cat([part[part != IGNORED] for part in labels]).bincount()
+    chance = float(counts.max() / counts.sum())
+    if accuracy <= chance:
+        warnings.warn(
+            f"the teacher is right about {accuracy:.1%} of the validation tokens, no better than always saying one ({chance:.1%}): "
+            "check its weights and its tokenizer",
+            stacklevel=2,
+        )
+    return accuracy
+
+
 @torch.no_grad()
-def judge_language_models(
+def compare_language_models(
     models: Mapping[str, nn.Module],
     test: Data,
     *,
@@ -79,18 +95,16 @@ def judge_language_models(
     batch_size: int = 32,
     complete: Any = None,
     perplexity: bool = True,
-    costs_on: int = 64,
 ) -> dict[str, Any]:
-    """Measure several models on the same tokens, without holding the logits of more than a batch.
+    """What several models say of the same tokens, without holding the logits of more than a batch.
 
     Args:
         models: by role; the first is compared with the mean of all whose role begins with ``teacher``.
         test, shift, batch_size, complete, perplexity: see :func:`token_measures`.
-        costs_on: sequences of the batch that is timed.
 
     Returns:
-        ``rows``: for each model likelihood and accuracy for each token, parameters, bytes, FLOPs for each sequence, latency;
-        ``agreement``: share of tokens for which first model and teachers have the same favourite, and ``kl``, their divergence in nats for each token.
+        ``rows``: for each model likelihood and accuracy for each token; ``agreement``: share of tokens for which first model and teachers have the same
+        favourite, and ``kl``, their divergence in nats for each token.
     """
     modes = {role: m.training for role, m in models.items()}
     for model in models.values():
@@ -111,14 +125,21 @@ def judge_language_models(
             taught = torch.stack([said[role] for role in teachers]).mean(0)
             same += int((taught.argmax(1) == said[first].argmax(1)).sum())
             divergence += _divergence(taught, said[first])
-    price = costs(models, test if complete is None else _Completed(test, complete), costs_on)
     for role, model in models.items():
         model.train(modes[role])
-    rows = [{"who": role, **scores[role].measures(perplexity), **price[role]} for role in models]
-    result: dict[str, Any] = {"rows": rows}
+    result: dict[str, Any] = {"rows": [{"who": role, **scores[role].measures(perplexity)} for role in models]}
     if teachers:
         count = scores[first].tokens
         result["agreement"] = {"top1_agreement": same / count, "kl": divergence / count}
+    return result
+
+
+def judge_language_models(models: Mapping[str, nn.Module], test: Data, **told: Any) -> dict[str, Any]:
+    """:func:`compare_language_models`, and in each row parameters, bytes, FLOPs for a sequence, and the latency of 64 sequences."""
+    result = compare_language_models(models, test, **told)
+    complete = told.get("complete")
+    price = costs(models, test if complete is None else _Completed(test, complete))
+    result["rows"] = [{**row, **price[row["who"]]} for row in result["rows"]]
     return result
 
 

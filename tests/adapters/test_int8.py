@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,34 @@ def test_a_convolutional_network_runs_statically(engine: str) -> None:
     assert found["agreement_float"] >= 0.9
     assert found["latency_ratio"] > 0
     assert torch.equal(model(x), trained_like("cnn-w8-s2")[0](x))  # the original is left alone
+
+
+def test_a_static_layer_equals_its_equation_in_numpy() -> None:
+    """Inputs and outputs on a grid of bytes, weights on one of int8 for each output."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 6)).eval(), torch.randn(64, 20)
+    network: Any = to_int8(model, x, kind="static", engine=ENGINES[0]).network.network
+    layer = next(m for m in network.modules() if "quantized.modules.linear" in type(m).__module__)
+    weight = layer.weight()
+    scales = weight.q_per_channel_scales().numpy()[:, None]
+    integers = weight.int_repr().numpy()
+    rounded = model[0].weight.detach().numpy() / scales
+    assert np.abs(integers - rounded).max() <= 0.5 + 1e-4
+    assert integers.min() < -100  # each output uses its range
+    scale, zero = (float(b) for name, b in network.named_buffers() if "_input_" in name)
+    inputs = np.clip(np.round(x.numpy() / scale) + zero, 0, 255) - zero
+    out = inputs * scale @ (integers * scales).T + model[0].bias.detach().numpy()
+    out = (np.clip(np.round(out / layer.scale) + layer.zero_point, 0, 255) - layer.zero_point) * layer.scale
+    np.testing.assert_allclose(network(x).detach().numpy(), out, atol=1.01 * layer.scale)  # ties may round either way
+    assert (np.abs(network(x).detach().numpy() - out) < 1e-5).mean() > 0.99
+
+
+def test_the_simulation_computes_in_floats() -> None:
+    model, x = trained_like("cnn-w8-s2")
+    kinds = {type(m).__module__ for m in to_int8(model, x[:50]).simulated.modules()}
+    assert not any(
+        "quantized.modules" in kind or "quantized.dynamic" in kind for kind in kinds if "reference" not in kind
+    )
 
 
 def test_linear_layers_run_dynamically() -> None:

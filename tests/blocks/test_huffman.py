@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from limbeck.blocks.huffman import Huffman
+from limbeck.blocks.huffman import PIECE, Huffman
 from limbeck.core.errors import RunError
 
 
@@ -56,6 +56,16 @@ def test_deep_codes_are_read() -> None:
     code = Huffman.of(symbols, 24)
     assert code.lengths.max() == 23
     assert np.array_equal(code.decode(code.encode(symbols), len(symbols)), symbols)
+
+
+def test_long_texts_are_read_piece_by_piece() -> None:
+    symbols = np.random.default_rng(0).binomial(15, 0.5, 100_000).astype(np.uint8)
+    code = Huffman.of(symbols, 16)
+    data = code.encode(symbols)
+    assert len(data) * 8 > 4 * PIECE
+    assert np.array_equal(code.decode(data, len(symbols)), symbols)
+    with pytest.raises(RunError, match="ends too early"):
+        code.decode(data[:-2], len(symbols))
 
 
 def test_nothing_and_damage() -> None:

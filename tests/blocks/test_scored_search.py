@@ -103,5 +103,5 @@ def test_mistakes_are_named():
     nothing = run(judge=lambda code, repeats: {"x": -math.inf})
     with pytest.raises(InputError, match="none of .* candidates says anything"):
         nothing.best()
-    with pytest.raises(InputError, match="must not exceed"):
+    with pytest.raises(InputError, match="parents <= sample <= population, not 5, 4 and 36"):
         ScoredSearchConfig.make(sample=4)

@@ -155,11 +155,11 @@ def test_its_state_is_all_in_buffers() -> None:
 
 def test_usage() -> None:
     even, one = usage_of(torch.ones(8)), usage_of(torch.tensor([0.0, 3.0]))
-    assert even["codes_used"] == 8 and even["perplexity"] == pytest.approx(8)
-    assert one == {"codes_used": 1.0, "perplexity": pytest.approx(1)}
+    assert even["codes_used"] == 8 and even["code_perplexity"] == pytest.approx(8)
+    assert one == {"codes_used": 1.0, "code_perplexity": pytest.approx(1)}
     found = make()
     found(rows())
-    assert 1 < found.usage()["perplexity"] <= found.usage()["codes_used"] <= 6
+    assert 1 < found.usage()["code_perplexity"] <= found.usage()["codes_used"] <= 6
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 from limbeck import networks
 from limbeck.core.data import TensorData
 from limbeck.core.errors import InputError
-from limbeck.tasks.judging_language import continued, judge_language_models, token_measures
+from limbeck.tasks.judging_language import check_token_teacher, continued, judge_language_models, token_measures
 from limbeck.tasks.text_windows import TokenWindows
 
 
@@ -60,15 +60,24 @@ def test_data_without_labels_is_refused() -> None:
         token_measures(gpt(0), none, shift=True)
 
 
+class Next(nn.Module):
+    """Sure that the next token is the one after this."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return 50.0 * F.one_hot((input_ids + 1) % 11, 11).float()
+
+
+def test_teachers_that_know_nothing_are_noticed() -> None:
+    counting, constant = (TokenWindows(t, 8) for t in (torch.arange(50) % 11, torch.full((50,), 3)))
+    assert check_token_teacher(Next(), counting, shift=True) == 1.0
+    with pytest.warns(UserWarning, match=r"right about 0.0% of the validation tokens, .* \(100.0%\)"):
+        check_token_teacher(Next(), constant, shift=True)
+
+
 def test_texts_are_drawn_with_common_numbers() -> None:
     prompt = torch.tensor([1, 2, 3])
     first = continued(gpt(0), prompt, 20, window=8, seed=5)
     assert torch.equal(first, continued(gpt(0), prompt, 20, window=8, seed=5))
     assert not torch.equal(first, continued(gpt(0), prompt, 20, window=8, seed=6))
     assert first.shape == (20,) and first.max() < 11
-
-    class Sure(nn.Module):
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return 50.0 * F.one_hot((ids + 1) % 11, 11).float()
-
-    assert continued(Sure(), prompt, 5, window=8).tolist() == [4, 5, 6, 7, 8]
+    assert continued(Next(), prompt, 5, window=8).tolist() == [4, 5, 6, 7, 8]

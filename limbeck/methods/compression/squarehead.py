@@ -38,7 +38,7 @@ from limbeck.losses.tokens import block_error, check_token_labels, labelled_rows
 from limbeck.methods.compression.base import Compressor
 from limbeck.methods.models.base import make_network
 from limbeck.tasks.base import Task
-from limbeck.tasks.judging_language import token_measures
+from limbeck.tasks.judging_language import check_token_teacher, token_measures
 from limbeck.tasks.judging_sparse import judge_sparse, of_tokens
 from limbeck.tasks.language_teachers import dense_teacher
 
@@ -90,6 +90,9 @@ class SquareHead(Compressor):
     name = "squarehead"
 
     class Config(PruningConfig, Compressor.Config):
+        layers: tuple[str, ...] = Field(
+            (), description="regular expressions of layer names to prune; none: all linear and convolutional in blocks"
+        )
         epochs: float = Field(13, gt=0, description="passes over the training data, of all cycles together")
         batch_size: int = Field(16, ge=1, description="samples per update, over all processes together")
         weight_decay: float = Field(0.0, ge=0, description="weight decay (decoupled for adamw)")
@@ -320,7 +323,9 @@ class SquareHead(Compressor):
             check_token_labels(self.student_logits(batch), labels, self.shifts)
 
     def check_teacher(self, data: Data) -> list[float]:
-        return super().check_teacher(data) if not of_tokens(data) else []
+        if not of_tokens(data):
+            return super().check_teacher(data)
+        return [check_token_teacher(self.teachers.models[0], data, shift=self.shifts, complete=self.completed)]
 
     def quick_metrics(self, data: Data) -> dict[str, float]:
         """Likelihood and accuracy of the student for each token, and its sparsity."""
@@ -336,6 +341,8 @@ class SquareHead(Compressor):
             raise InputError(f"the student is a copy of the teacher, {names[0]}: leave out student '{setup.student}'")
         if len(names) > 1:
             raise InputError("sparse fine-tuning has one teacher, the dense model: name one")
+        networks = [make_network(names[0], task, seed) for _ in range(2)]
+        cls(networks[0], networks[1], config)  # settings that do not fit should fail before a teacher is trained
         if ":" in names[0]:
             teacher = make_network(names[0], task, seed)
         else:

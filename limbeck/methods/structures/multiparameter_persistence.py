@@ -203,19 +203,13 @@ class MultiparameterPersistence(StructureMethod):
 
         @field_validator("degrees", "functions", "powers", "bandwidths")
         @classmethod
-        def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        def _some_in_range(cls, value: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
             if not value:
                 raise ValueError("needs at least one entry")
-            return value
-
-        @field_validator("degrees", "powers", "bandwidths")
-        @classmethod
-        def _not_negative(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
-            least = min(value, default=0.0)
-            if not least >= 0 or (info.field_name == "bandwidths" and least == 0):
-                raise ValueError(
-                    f"must all be {'above' if info.field_name == 'bandwidths' else 'at least'} 0 (got {least})"
-                )
+            if info.field_name != "functions" and not min(value) >= 0:
+                raise ValueError("must all be at least 0")
+            if info.field_name == "bandwidths" and min(value) == 0:
+                raise ValueError("must all be above 0")
             return value
 
     class Setup(ShapeSetup):

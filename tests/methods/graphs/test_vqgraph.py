@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from limbeck.core.engine import Engine, EngineConfig
 from limbeck.core.errors import InputError
@@ -20,6 +18,7 @@ from limbeck.networks.node_networks import GCN
 from limbeck.networks.node_tokenizer import NodeTokenizer
 from limbeck.tasks.node_classification import NodeSetup, NodeTask, load_nodes
 from tests.helpers import resumed_equals_uninterrupted
+from tests.largest_array import LargestArray
 
 torch.set_num_threads(1)
 SMALL = {"codes": 12, "code_dim": 8}
@@ -112,26 +111,24 @@ def test_what_is_hidden_in_training_changes_nothing() -> None:
     assert torch.equal(totals[0][0], totals[1][0]) and torch.equal(totals[0][1], totals[1][1])
 
 
-class Largest(TorchDispatchMode):
-    """The most entries of any dense tensor made inside, forwards and backwards."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for made in tree_leaves(out):
-            if isinstance(made, Tensor) and made.layout == torch.strided:
-                self.entries = max(self.entries, made.numel())
-        return out
-
-
 @pytest.mark.parametrize("settings", [{}, {"edge_block": 100}, {"fanouts": (3, 3)}])
 def test_nothing_of_the_size_of_all_pairs_is_made(settings: dict[str, Any]) -> None:
     method = make(task(4000), edge_weight=1.0, **settings)
-    with Largest() as largest:
+    with LargestArray() as largest:
         method.teacher_losses().total.backward()
         method.student_losses().total.backward()
     assert method.watched.num_nodes * 40 <= largest.entries < method.watched.num_nodes**2 / 20
+
+
+def test_a_hundred_thousand_nodes_need_no_large_array() -> None:
+    """Both updates: nothing is larger than the similarities of all nodes to the 128 codes."""
+    nodes = 100_000
+    on = load_nodes(NodeSetup.make(task="sbm", generated_nodes=nodes))
+    method = VQGraph(on)
+    with LargestArray() as largest:
+        method.teacher_losses().total.backward()
+        method.student_losses().total.backward()
+    assert nodes * 64 <= largest.entries <= nodes * 128
 
 
 # ---- the student ---------------------------------------------------------------------------------------------------------

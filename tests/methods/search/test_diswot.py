@@ -16,7 +16,8 @@ import limbeck
 from limbeck.blocks.search_spaces import Budget, SearchSpace
 from limbeck.core.batch import Batch
 from limbeck.core.data import TensorData
-from limbeck.core.errors import InputError
+from limbeck.core.engine import Engine, EngineConfig
+from limbeck.core.errors import InputError, UnknownNameError
 from limbeck.core.method import fingerprint
 from limbeck.losses.channels import inter_channel_correlation
 from limbeck.losses.logits import forward_kl
@@ -25,7 +26,7 @@ from limbeck.methods.search import DisWOT
 from limbeck.metrics.cost import count_parameters
 from limbeck.networks import build
 from limbeck.networks.spaces import cell_space
-from tests.helpers import resumed_equals_uninterrupted
+from tests.helpers import lines, resumed_equals_uninterrupted
 
 SHAPE = {"in_shape": (1, 8, 8), "num_classes": 4}
 QUICK = {
@@ -140,41 +141,39 @@ def test_works_in_a_bare_loop():
     assert len(made.record.searcher.history) == QUICK["candidates"] and set(made.networks) == {"student"}
 
 
-@pytest.mark.parametrize(
-    "stops", [(7,), (13,), (3, 5)], ids=["in the search", "in the second look", "in both trainings"]
-)
-def test_resume_is_exact(tmp_path: Path, stops):
-    def make() -> DisWOT:
-        made = method()
-        made.with_random = True
-        return made
+def beside_random() -> DisWOT:
+    made = method()
+    made.with_random = True
+    return made
 
-    made = resumed_equals_uninterrupted(make, data(), tmp_path, stops, every=2)
+
+def test_resume_within_the_search_is_exact(tmp_path: Path):
+    """Steps 12 and 13 are the second look at the best."""
+    made = resumed_equals_uninterrupted(beside_random, data(), tmp_path, (7, 13), every=2)
     assert set(made.networks) == {"student", "random member"}
     assert made.members["student"] != made.members["random member"]
 
 
-def test_a_resume_within_the_distillation_builds_the_found_student(tmp_path: Path):
-    """The search has more steps than each training, so the crash is placed by stage."""
-    from limbeck.core.engine import Engine, EngineConfig
-
+def test_resume_within_the_trainings_is_exact(tmp_path: Path):
     settings = EngineConfig(progress=False, checkpoint_steps=2)
-    whole = method()
-    Engine(tmp_path / "whole", settings, seed=3).run(whole, whole.stages(data(), None, seed=0))
-    broken = method()
-    stages = broken.stages(data(), None, seed=0)
 
     def crash(step: int) -> None:
         if step == 5:
             raise RuntimeError("crash")
 
-    stages[1].after_step = crash
-    with pytest.raises(RuntimeError, match="crash"):
-        Engine(tmp_path / "broken", settings, seed=3).run(broken, stages, resume=True)
-    other = method()
+    whole = beside_random()
+    Engine(tmp_path / "whole", settings, seed=3).run(whole, whole.stages(data(), None, seed=0))
+    for number in (1, 2):
+        broken = beside_random()
+        stages = broken.stages(data(), None, seed=0)
+        stages[number].after_step = crash
+        with pytest.raises(RuntimeError, match="crash"):
+            Engine(tmp_path / "broken", settings, seed=3).run(broken, stages, resume=True)
+    other = beside_random()
     Engine(tmp_path / "broken", settings, seed=3).run(other, other.stages(data(), None, seed=0), resume=True)
-    assert fingerprint(other.student) == fingerprint(whole.student) and other.record.scores == whole.record.scores
-    assert other.counters == whole.counters
+    assert fingerprint(other.networks) == fingerprint(whole.networks)
+    assert other.record.scores == whole.record.scores and other.sizes == whole.sizes
+    assert other.counters == whole.counters and lines(tmp_path / "broken") == lines(tmp_path / "whole")
 
 
 def test_own_modules_through_fit(tmp_path: Path):
@@ -237,9 +236,9 @@ def test_mistakes_are_named():
         DisWOT(teacher, teacher)
     with pytest.raises(InputError, match="for one teacher, not 2"):
         DisWOT(space, [teacher, copy.deepcopy(teacher)])
-    with pytest.raises(InputError, match=r"parameters <= 10 \(the least seen is"):
-        DisWOT(space, teacher, budget={"parameters": 10}).check(batch)
-    with pytest.raises(InputError, match="cost 'joules'"):
+    with pytest.raises(InputError, match=r"parameters <= 10 \(the least seen is 88\)"):
+        DisWOT(own_space(), teacher, budget={"parameters": 10}).check(batch)
+    with pytest.raises(UnknownNameError, match="cost 'joules'"):
         DisWOT(space, teacher, budget={"joules": 10}).check(batch)
     with pytest.raises(InputError, match="no labels"):
         DisWOT(space, teacher).check(Batch(batch.inputs))
