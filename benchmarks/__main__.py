@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    candidate_scores,
     concentration,
     engine_overhead,
     experts,
@@ -72,6 +73,7 @@ def main() -> None:
             field_conversion.measure(),
         ),
         ("a 2048x2048 linear layer with 90 % zeros, one row", "the same layer dense", sparse_layers.measure()),
+        ("scoring a candidate of `diswot`", "450 updates of distilling it", candidate_scores.measure()),
         (
             "a step of `deps`, four networks",
             "the same networks by hand",

@@ -109,7 +109,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Fill a module from safetensors, strictly.
+    """Fill a module from safetensors, strictly; a tensor that shares memory with another one (tied weights) may be stored once.
 
     Raises:
         RunError: no such file, not safetensors, or keys and shapes that do not fit.
@@ -120,6 +120,10 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
         raise RunError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} is not a safetensors file or is damaged ({error})") from None
+    own = model.state_dict()
+    stored = {own[name].data_ptr(): name for name in own if name in state}
+    ties = {name: stored.get(t.data_ptr()) for name, t in own.items() if name not in state and t.numel()}
+    state.update({name: state[other] for name, other in ties.items() if other and own[other].shape == own[name].shape})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

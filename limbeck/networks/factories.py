@@ -30,7 +30,7 @@ def call_factory(name: str, *, in_shape: tuple[int, ...], num_classes: int) -> n
     Raises:
         InputError: the import, the look-up or the call fails, or the result is no ``nn.Module``.
     """
-    factory = _load(name)
+    factory = load_attribute(name)
     arguments = _accepted(factory, {"in_shape": in_shape, "num_classes": num_classes})
     try:
         network = factory(**arguments)
@@ -44,7 +44,7 @@ def call_factory(name: str, *, in_shape: tuple[int, ...], num_classes: int) -> n
     return network
 
 
-def _load(name: str) -> Callable[..., Any]:
+def load_attribute(name: str) -> Callable[..., Any]:
     path, _, attribute = name.partition(":")
     if not path or not attribute:
         raise InputError(f"'{name}' names no network factory; write package.module:factory")

@@ -11,7 +11,7 @@ from torch import nn
 from limbeck.blocks.search_spaces import SearchSpace
 from limbeck.core.errors import InputError, UnknownNameError
 from limbeck.networks.cells import EDGES, OPERATIONS
-from limbeck.networks.factories import _load as load_attribute
+from limbeck.networks.factories import load_attribute
 from limbeck.networks.registry import build
 
 DEPTHS = (1, 3, 5, 7)

@@ -116,6 +116,8 @@ _KNOWN = [
     Measure("full_accuracy", "accuracy of the full network", "percent", "higher", "quality"),
     Measure("accuracy_smallest", "accuracy, smallest sub-network", "percent", "higher", "quality"),
     Measure("accuracy_full", "accuracy, full network", "percent", "higher", "quality"),
+    Measure("score", "score before training", "number", "higher", "quality"),
+    Measure("judged", "candidates judged", "count"),
     Measure("top5", "top-5 accuracy", "percent", "higher", "quality"),
     Measure("accuracy_std", "its standard deviation over seeds", "percent", None, "quality"),
     Measure("macro_f1", "macro F1", "percent", "higher", "quality"),

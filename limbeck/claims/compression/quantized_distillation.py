@@ -3,7 +3,9 @@
 Digits, and the student of the method's small-scale check: two convolutions of 4 and 8 channels and a hidden layer of 16, taught by the task's own
 network. For each seed one student is distilled in full precision (20 epochs). All arms get 20 more epochs from there: on the weights through the grid,
 on the levels, or in full precision, and the last is also what rounding after training rounds (buckets of 256, like all arms). Quantisation-aware
-training sees labels alone in both parts. Every arm chooses its learning rate from two candidates.
+training sees labels alone in both parts. Every arm chooses its learning rate from two candidates on validation data; arms whose weights go through the
+grid from the two rates of the specification. In a first run they chose from those of the other arms, 0.03 and 0.1; the higher one was chosen at three
+bits, and one of three test seeds diverged (34 %), after which that run was stopped and its arms were given the rates that they should have had.
 
 The margins are those of the specification's prototype: at two bits 20 points over rounding, 10 for learned levels, and at three bits within 1.5 points of
 full precision. Its 4 points over rounding at three bits are reported and not part of the verdict, which asks for any gain there: here rounding starts
@@ -36,6 +38,7 @@ from limbeck.tasks.teachers import reference_teacher
 
 EPOCHS = 20
 RATES = ({"lr": 0.03}, {"lr": 0.1})
+GRID_RATES = ({"lr": 0.01}, {"lr": 0.02})
 LEVELS = (
     {"level_optimizer": "sgd", "level_lr": 1e-5},
     {"level_optimizer": "adam", "level_lr": 1e-3},
@@ -108,16 +111,16 @@ def claim(data_root: str | None = None) -> Claim:
 
     on_cifar = common.available("cifar10", data_root)
     arms = {
-        "qd-2": Arm("method", "two bits, weights trained through the grid by the teacher", arm(bits=2), RATES),
+        "qd-2": Arm("method", "two bits, weights trained through the grid by the teacher", arm(bits=2), GRID_RATES),
         "pm-2": Arm("baseline", "two bits, rounded after training", arm(mode="none", bits=2), RATES),
         "dq-2": Arm("method", "four levels learned, weights fixed", arm(mode="levels", bits=2), LEVELS),
-        "qat-2": Arm("baseline", "two bits, weights trained through the grid on labels alone", arm(bits=2, alpha=0.0), RATES),
-        "qd-3": Arm("method", "three bits, weights trained through the grid by the teacher", arm(bits=3), RATES),
+        "qat-2": Arm("baseline", "two bits, weights trained through the grid on labels alone", arm(bits=2, alpha=0.0), GRID_RATES),
+        "qd-3": Arm("method", "three bits, weights trained through the grid by the teacher", arm(bits=3), GRID_RATES),
         "pm-3": Arm("baseline", "three bits, rounded after training", arm(mode="none", bits=3), RATES),
         "dq-3": Arm("method", "eight levels learned, weights fixed", arm(mode="levels", bits=3), LEVELS),
-        "qat-3": Arm("baseline", "three bits, trained on labels alone", arm(bits=3, alpha=0.0), RATES),
+        "qat-3": Arm("baseline", "three bits, trained on labels alone", arm(bits=3, alpha=0.0), GRID_RATES),
         "full": Arm("baseline", "the student distilled in full precision, as many updates", arm(mode="full"), RATES),
-        "qd-3-int8": Arm("control", "qd-3, run in 8-bit integers by torch", arm(bits=3, int8=True), RATES),
+        "qd-3-int8": Arm("control", "qd-3, run in 8-bit integers by torch", arm(bits=3, int8=True), GRID_RATES),
     }  # fmt: skip
     checks = [
         Check("at two bits training on the grid is 20 points better than rounding", "qd-2", "pm-2", "accuracy", 0.20),
@@ -131,9 +134,11 @@ def claim(data_root: str | None = None) -> Claim:
         Check("8-bit execution keeps the accuracy within a point", "qd-3-int8", "qd-3", "accuracy", -0.01, headline=False),
     ]  # fmt: skip
     if on_cifar:
-        arms["qd-2-cifar10"] = Arm("method", "CIFAR-10, two bits, by the teacher", arm("cifar10", bits=2), RATES[:1])
+        arms["qd-2-cifar10"] = Arm(
+            "method", "CIFAR-10, two bits, by the teacher", arm("cifar10", bits=2), GRID_RATES[1:]
+        )
         arms["qat-2-cifar10"] = Arm(
-            "baseline", "CIFAR-10, two bits, labels alone", arm("cifar10", bits=2, alpha=0.0), RATES[:1]
+            "baseline", "CIFAR-10, two bits, labels alone", arm("cifar10", bits=2, alpha=0.0), GRID_RATES[1:]
         )
         checks.append(
             Check(

@@ -349,7 +349,7 @@ class VQGraph(NodeDistiller):
 
     @torch.no_grad()
     def code_measures(self) -> dict[str, dict[str, float]]:
-        """By model, on the watched nodes: ``codes_used``, ``perplexity``, ``assignment_entropy`` (nats), ``cut_consistency`` of the answers, and for
+        """By model, on the watched nodes: ``codes_used``, ``code_perplexity``, ``assignment_entropy`` (nats), ``cut_consistency`` of the answers, and for
         the student ``same_code``, the share of nodes with the teacher's code."""
         edges = self.watched.graph.edge_index.to(self.device)
         answers = {"teacher": self.ask_teacher(), "student": self._quietly(self.student, self.student_logits)}
