@@ -14,6 +14,7 @@ from benchmarks import (
     experts,
     field_conversion,
     inner_loop,
+    int8_latency,
     matching,
     score_steps,
     sparse_layers,
@@ -71,6 +72,14 @@ def main() -> None:
             "`pvd` of a hash field into a deep perceptron",
             "training that on the pictures until it is as good",
             field_conversion.measure(),
+        ),
+        *(
+            (
+                f"`{int8_latency.CASES[kind][0]}` in 8-bit integers ({kind})",
+                "the same in float32, normalisations folded",
+                int8_latency.measure(kind),
+            )
+            for kind in int8_latency.CASES
         ),
         ("a 2048x2048 linear layer with 90 % zeros, one row", "the same layer dense", sparse_layers.measure()),
         ("scoring a candidate of `diswot`", "450 updates of distilling it", candidate_scores.measure()),

@@ -83,7 +83,8 @@ def verdict(name: str) -> str:
     size = (
         f", {found['data']['train']} training samples" if "train" in found["data"] else ""
     )  # several data sets have none
-    where = f"{found['data']['name']}{size}, {len(found['seeds'])} seeds"
+    named = found["data"].get("name", "several data sets")
+    where = f"{named}{size}, {len(found['seeds'])} seeds"
     return f"**{found['verdict']}** on {where}.\n\n" + "\n".join(rows) + f"\n\n{found['note']}"
 
 

@@ -216,6 +216,7 @@ _KNOWN = [
     Measure("latency", "latency, batch of 64", "seconds", "lower", "cost"),
     Measure("latency_8", "latency, batch of 8", "seconds", "lower", "cost"),
     Measure("latency_ratio", "latency, ratio to the first", "ratio", "lower", "cost"),
+    Measure("int8_latency_ratio", "latency in 8-bit integers, ratio to floats", "ratio", "lower", "cost"),
     Measure("sparse_latency_ratio", "latency when zeros are skipped, ratio to dense", "ratio", "lower", "cost"),
     Measure("sparse_single_ratio", "the same for a single sample", "ratio", "lower", "cost"),
     Measure("latency_whole", "latency, all nodes", "seconds", "lower", "cost"),
@@ -234,6 +235,11 @@ _KNOWN = [
     Measure("top1_agreement", "same answers as the teacher", "percent", "higher", "agreement"),
     Measure("features", "distance of the blocks' outputs", "number", "lower", "agreement"),
     Measure("worst_block", "distance in the worst block", "number", "lower", "agreement"),
+    Measure(
+        "int8_agreement", "same answers in 8-bit integers as in their simulation", "percent", "higher", "agreement"
+    ),
+    Measure("int8_agreement_float", "same answers in 8-bit integers as in floats", "percent", "higher", "agreement"),
+    Measure("int8_difference", "largest difference of 8-bit logits, of the largest", "number", "lower", "agreement"),
     Measure("kl", "KL(teacher, student)", "number", "lower", "agreement"),
 ]
 KNOWN: Mapping[str, Measure] = {m.name: m for m in _KNOWN}
