@@ -9,10 +9,13 @@ import torch
 
 from benchmarks import (
     candidate_scores,
+    causal_order,
     concentration,
     engine_overhead,
     experts,
     field_conversion,
+    graph_latency,
+    hypergraph_latency,
     inner_loop,
     int8_latency,
     matching,
@@ -34,6 +37,8 @@ of two things that ran side by side in one process, the median over rounds; best
 
 
 def main() -> None:
+    vertices = f"{hypergraph_latency.VERTICES:,} vertices"
+    answers = hypergraph_latency.measure()
     rows = [
         ("a step of `kd` through the engine", "the same step by hand in plain PyTorch", engine_overhead.measure()),
         ("an epoch with the teacher cache", "the same epoch without it", teacher_cache.measure()),
@@ -93,6 +98,19 @@ def main() -> None:
             "an epoch of training it alone",
             subnetworks.measure(subnetworks.judging(), subnetworks.ALLOWED_JUDGING),
         ),
+        (f"a perceptron's answers for all of {vertices}", "those of its hypergraph network", answers["whole"]),
+        (f"its answer for one of {vertices}", "the network's, its neighbourhood gathered", answers["single"]),
+        (f"memory of `lighthgnn` on {vertices}", "4 GB", hypergraph_latency.measure_memory()),
+        *(
+            (
+                f"a perceptron's answers on {graph_latency.SIZE:,} nodes: {asked}",
+                "those of its tokenizer",
+                graph_latency.measure(asked),
+            )
+            for asked in graph_latency.ALLOWED
+        ),
+        (f"memory of `vqgraph` on {graph_latency.SIZES[-1]:,} nodes", "4 GB", graph_latency.measure_memory()),
+        (f"an order of {causal_order.NODES} variables by swaps", "NOTEARS", causal_order.measure()),
         (
             f"approximated concentration, {concentration.NODES:,} nodes of degree {concentration.DEGREES[1]}",
             "counting its walks",
