@@ -9,7 +9,9 @@ The work is done by multipers; without it, :mod:`limbeck.blocks.fibered_summands
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -74,10 +76,7 @@ def decompose(
 def _approximate(
     filtration: Multifiltration, degrees: tuple[int, ...], lines: int, box: NDArray[np.float64], collapse: bool
 ) -> IntervalSummands:
-    try:
-        import multipers
-    except ImportError:
-        raise MissingDependencyError("multipers", "topology", "multiparameter module approximation") from None
+    multipers = _multipers()
     tree = simplex_tree(filtration, max(degrees) + 1, collapse)
     module = multipers.module_approximation(tree, box=box, nlines=lines, n_jobs=1)
     found: list[tuple[Any, Any]] = []
@@ -93,6 +92,15 @@ def _approximate(
     return IntervalSummands.of(found, owners, filtration.parameters)
 
 
+def _multipers() -> Any:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it imports pykeops, which prints that there is no GPU
+            import multipers
+    except ImportError:
+        raise MissingDependencyError("multipers", "topology", "multiparameter module approximation") from None
+    return multipers
+
+
 def _corners(listed: Any, box: NDArray[np.float64]) -> NDArray[np.float64]:
     """Corners as (·, n); an infinite one may be listed with a single number."""
     n = box.shape[1]
@@ -102,8 +110,7 @@ def _corners(listed: Any, box: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def simplex_tree(filtration: Multifiltration, dimension: int, collapse: bool = True) -> Any:
     """The filtration as multipers' simplex tree, filled up to a dimension; every simplex is inserted by hand."""
-    import multipers
-
+    multipers = _multipers()
     tree = multipers.SimplexTreeMulti(num_parameters=filtration.parameters)
     for cells, values in zip(filtration.cells, filtration.values, strict=True):
         if len(cells) and cells.shape[1] <= dimension + 1:
