@@ -23,7 +23,7 @@ from limbeck.tasks.judging_nodes import NodeModel
 from limbeck.tasks.node_classification import NodeSetup, NodeTask, load_nodes
 
 VERTICES = 55_000
-ALLOWED_WHOLE, ALLOWED_SINGLE = 3.0, 0.1
+ALLOWED_WHOLE, ALLOWED_SINGLE = 1.5, 0.1
 MEMORY = 4 * 2**30
 
 
