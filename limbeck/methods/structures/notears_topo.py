@@ -282,15 +282,15 @@ class NotearsTopo(StructureMethod):
     def __init__(self, task: CausalTask, config: Any = None, *, seed: int = 0, **overrides: Any) -> None:
         super().__init__(config, **overrides)
         self.on, self.seed = task, seed
-        d = len(task.names)
         self.train_samples: FloatArray = task.train.inputs.numpy()
-        self.register_buffer("order", torch.arange(d))
+        self.register_buffer("order", torch.arange(d := len(task.names)))
         self.register_buffer("weights", torch.zeros(d, d, dtype=torch.float64))
         self.register_buffer("notears_weights", torch.zeros(d, d, dtype=torch.float64))
         self.runs_notears = self.config.baseline or self.config.start == "notears"
         usual = 0.5 if self.config.model == "mlp" else 0.3
         self.threshold: float = usual if self.config.threshold is None else self.config.threshold
         self.estimator = self.make_estimator()
+        self.estimator.begin(self.train_samples)  # samples that will not do are found before NOTEARS takes its time
         self.notears = Notears(gram_of(self.train_samples), self.config.notears_l1)
         self._search: OrderSearch | None = None
 
@@ -306,8 +306,8 @@ class NotearsTopo(StructureMethod):
         shared: dict[str, Any] = {
             name: getattr(c, name) for name in ("size_small", "size_large", "n_large", "move", "acyclicity")
         }
-        shared |= {"l1": l1, "threshold": self.threshold, "max_iter": c.steps}
-        shared["random_state"] = mix_seed(self.seed, 821) % 2**31
+        seed = mix_seed(self.seed, 821) % 2**31
+        shared |= {"l1": l1, "threshold": self.threshold, "max_iter": c.steps, "random_state": seed}
         if c.model != "mlp":
             return TopoSwap(c.model, **shared)
         shared |= {name: few for name, few in (("size_small", 10), ("size_large", 40)) if shared[name] is None}

@@ -218,3 +218,5 @@ def test_it_says_what_it_cannot_do() -> None:
         limbeck.fit(NotearsTopo, np.zeros((10, 3)))
     with pytest.raises(InputError, match="size_small"):
         NotearsTopo.Config.make(size_small=0)
+    with pytest.raises(InputError, match="zeros and ones"):
+        method(model="logistic")
