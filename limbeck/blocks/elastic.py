@@ -48,7 +48,7 @@ class ElasticLayer(nn.Module):
 
     def largest(self, what: str) -> int:
         """The full ``width``, ``kernel`` or ``depth``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no {what} to set")
 
     def parts(self) -> Parts:
         """Which part of its own parameters and buffers is in use."""
@@ -56,7 +56,7 @@ class ElasticLayer(nn.Module):
 
     def cut(self) -> nn.Module:
         """The plain layer of the active size, with copies of its weights."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is cut")
 
     def _filled(self, twin: nn.Module) -> nn.Module:
         with torch.no_grad():

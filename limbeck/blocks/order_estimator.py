@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ FEW = 100
 MOVES = ("swap", "insert-after", "insert-before")
 
 
-class OrderEstimator(DAGEstimator):
+class OrderEstimator(DAGEstimator, ABC):
     """What both estimators share: a search that starts from a random order or from any DAG, and what is kept of it.
 
     Attributes:
@@ -121,5 +122,6 @@ class OrderEstimator(DAGEstimator):
         found: FloatArray = np.where(np.ptp(checked, axis=0) == 0, checked[0], checked.mean(0))
         return found
 
+    @abstractmethod
     def _problem(self, data: FloatArray, generator: np.random.Generator) -> PrefixProblem:
-        raise NotImplementedError
+        """What fits and judges orders."""

@@ -5,6 +5,7 @@ The first two are solved for many (node, allowed parents) at once: all nodes of 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,13 @@ class Columnwise(PrefixProblem):
 
     l1: float
 
+    @abstractmethod
     def solve(self, nodes: IntArray, mask: FloatArray, start: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Regressions of ``nodes`` (k,) on what ``mask`` (d, k) allows, from ``start`` (d, k): the weights (d, k) and each one's part of Q (k,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def smooth_gradient(self, weights: FloatArray) -> FloatArray:
         """(d, d), of Q without the penalty."""
-        raise NotImplementedError
 
     def fit(self, order: IntArray) -> Fitted:
         start = np.zeros((self.size, self.size))

@@ -2,6 +2,7 @@ r"""The inner problem of a search over orders: the best weights that an order al
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,7 +31,7 @@ class Fitted:
     parts: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
-class PrefixProblem:
+class PrefixProblem(ABC):
     r"""Base of :math:`\min_W Q(W)` subject to :math:`W_{ij} = 0` wherever i does not come before j.
 
     Attributes:
@@ -41,17 +42,17 @@ class PrefixProblem:
     size: int
     cheap_moves: bool = False
 
+    @abstractmethod
     def fit(self, order: IntArray) -> Fitted:
         """The solution for an order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refit(self, fitted: Fitted, order: IntArray, first: int, last: int) -> Fitted:
         """The solution for an order that differs from ``fitted.order`` at positions ``first`` … ``last`` alone: only those nodes are fitted again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, fitted: Fitted) -> FloatArray:
         """dQ/dW (d, d); where Q has a kink, its subgradient of least norm."""
-        raise NotImplementedError
 
     def evaluate(self, fitted: Fitted, windows: IntArray, move: Move) -> FloatArray:
         """Scores (c,) after each of several moves, given as pairs (c, 2) of positions."""

@@ -28,7 +28,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Storage:
-    """All tensors of a network by name."""
+    """All tensors of a network by name. A file's header (names, shapes, offsets: some kilobytes) comes on top."""
 
     tensors: Mapping[str, Stored]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from limbeck.core.errors import InputError
+from limbeck.networks.transformer_sizes import divided, window
 
 if TYPE_CHECKING:
     from transformers import (
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
         GPT2LMHeadModel,
         LlamaForCausalLM,
     )
+
+KIND = "a language model"
 
 
 def gpt(
@@ -49,8 +52,8 @@ def gpt(
     general: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"]}
     config = GPT2Config(
         vocab_size=num_classes,
-        n_positions=_window(in_shape),
-        n_embd=_checked(width, heads),
+        n_positions=window(in_shape, KIND),
+        n_embd=divided(width, heads, KIND),
         n_layer=depth,
         n_head=heads,
         resid_pdrop=dropout,
@@ -86,7 +89,7 @@ def llama(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if _checked(width, heads) // heads % 2:
+    if divided(width, heads, KIND) // heads % 2:
         raise InputError(f"rotary positions need an even width per head, not {width} / {heads}")
     general: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
     config = LlamaConfig(
@@ -95,7 +98,7 @@ def llama(
         intermediate_size=3 * width,
         num_hidden_layers=depth,
         num_attention_heads=heads,
-        max_position_embeddings=_window(in_shape),
+        max_position_embeddings=window(in_shape, KIND),
         initializer_range=width**-0.5,
         bos_token_id=None,
         eos_token_id=None,
@@ -146,11 +149,11 @@ def _bert(
     general: dict[str, Any] = {"architectures": [architecture], "num_labels": num_classes}
     return BertConfig(
         vocab_size=vocabulary,
-        hidden_size=_checked(width, heads),
+        hidden_size=divided(width, heads, KIND),
         num_hidden_layers=depth,
         num_attention_heads=heads,
         intermediate_size=4 * width,
-        max_position_embeddings=_window(in_shape),
+        max_position_embeddings=window(in_shape, KIND),
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=0.0,
         classifier_dropout=dropout,
@@ -158,17 +161,3 @@ def _bert(
         pad_token_id=None,
         **general,
     )
-
-
-def _window(in_shape: tuple[int, ...]) -> int:
-    if len(in_shape) != 1:
-        raise InputError(
-            f"a language model takes inputs of shape (tokens,), not {in_shape}: choose a network for such inputs"
-        )
-    return in_shape[0]
-
-
-def _checked(width: int, heads: int) -> int:
-    if width % heads:
-        raise InputError(f"{heads} attention heads do not divide the width {width} of a language model")
-    return width

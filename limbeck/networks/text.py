@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from limbeck.core.errors import InputError
+from limbeck.networks.transformer_sizes import divided, window
 
 if TYPE_CHECKING:
     from transformers import BertModel, ModernBertModel
+
+KIND = "a text encoder"
 
 
 def bert(
@@ -44,11 +47,11 @@ def bert(
     general: dict[str, Any] = {"architectures": ["BertModel"]}
     config = BertConfig(
         vocab_size=num_classes,
-        hidden_size=_checked(width, heads),
+        hidden_size=divided(width, heads, KIND),
         num_hidden_layers=depth,
         num_attention_heads=heads,
         intermediate_size=4 * width,
-        max_position_embeddings=_window(in_shape),
+        max_position_embeddings=window(in_shape, KIND),
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=0.0,
         initializer_range=width**-0.5,
@@ -80,7 +83,7 @@ def modernbert(
     """
     from transformers import ModernBertConfig, ModernBertModel
 
-    if _checked(width, heads) // heads % 2:
+    if divided(width, heads, KIND) // heads % 2:
         raise InputError(f"rotary positions need an even width per head, not {width} / {heads}")
     general: dict[str, Any] = {"architectures": ["ModernBertModel"]}
     config = ModernBertConfig(
@@ -89,7 +92,7 @@ def modernbert(
         num_hidden_layers=depth,
         num_attention_heads=heads,
         intermediate_size=2 * width,
-        max_position_embeddings=_window(in_shape),
+        max_position_embeddings=window(in_shape, KIND),
         layer_types=["full_attention"] * depth,
         mlp_dropout=dropout,
         embedding_dropout=dropout,
@@ -102,17 +105,3 @@ def modernbert(
         **general,
     )
     return ModernBertModel(config)
-
-
-def _window(in_shape: tuple[int, ...]) -> int:
-    if len(in_shape) != 1:
-        raise InputError(
-            f"a text encoder takes inputs of shape (tokens,), not {in_shape}: choose a network for such inputs"
-        )
-    return in_shape[0]
-
-
-def _checked(width: int, heads: int) -> int:
-    if width % heads:
-        raise InputError(f"{heads} attention heads do not divide the width {width} of a text encoder")
-    return width

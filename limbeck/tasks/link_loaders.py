@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from limbeck.core.errors import InputError
+from limbeck.tasks.graph_files import ArrayFile, data_folder
 from limbeck.tasks.link_generators import CLOSURE_NODES, GROWING_NODES, closure_communities, growing
 from limbeck.tasks.links import LinkSetup, LinkTask
 
@@ -33,7 +32,7 @@ def load_growing(setup: LinkSetup) -> LinkTask:
 
 def load_matrix(setup: LinkSetup) -> LinkTask:
     """One of the graphs ``links/NAME.mat``, without features."""
-    path = _root(setup, "links") / "links" / f"{_FILES[setup.task]}.mat"
+    path = data_folder(setup.task, setup.data_root, "links") / "links" / f"{_FILES[setup.task]}.mat"
     links, size = read_mat(path)
     return _split(setup, setup.task, links, size, None, f"{path.stem} (links/{path.name})")
 
@@ -56,11 +55,11 @@ def load_own(setup: LinkSetup) -> LinkTask:
     if path.suffix == ".mat":
         links, size = read_mat(path)
     elif path.suffix == ".npz":
-        held = _arrays(path)
-        links = _numbers(held, "edge_index", whole=True, path=path)
-        features = _numbers(held, "x", path=path).float() if "x" in held else None
-        times = _numbers(held, "times", path=path) if "times" in held else None
-        sides = _numbers(held, "sides", whole=True, path=path) if "sides" in held else None
+        held = ArrayFile(path)
+        links = held.numbers("edge_index", whole=True)
+        features = held.numbers("x").float() if "x" in held else None
+        times = held.numbers("times") if "times" in held else None
+        sides = held.numbers("sides", whole=True) if "sides" in held else None
         given = features if features is not None else sides
         size = len(given) if given is not None else int(links.max()) + 1 if links.numel() else 0
     else:
@@ -98,35 +97,6 @@ def read_mat(path: Path) -> tuple[Tensor, int]:
         raise InputError(f"{path} holds a matrix of {net.shape[0]} x {net.shape[1]}: an adjacency is square")
     there = net.data != 0
     return torch.from_numpy(np.stack([net.row[there], net.col[there]]).astype(np.int64)), net.shape[0]
-
-
-def _arrays(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise InputError(f"{path} is no .npz file of plain arrays ({type(error).__name__}: {reason})") from None
-    if "edge_index" not in held:
-        raise InputError(f"{path} has no array 'edge_index'; it holds {', '.join(sorted(held)) or 'nothing'}")
-    return held
-
-
-def _numbers(held: dict[str, Any], name: str, *, whole: bool = False, path: Path) -> Tensor:
-    """An array of a file as int64 (``whole``) or float64."""
-    values = held[name]
-    if values.dtype.kind not in "iufb" or (whole and not (np.isfinite(values) & (values == np.floor(values))).all()):
-        raise InputError(f"array '{name}' of {path} must hold {'whole ' * whole}numbers")
-    return torch.from_numpy(values.astype(np.int64 if whole else np.float64))
-
-
-def _root(setup: LinkSetup, folder: str) -> Path:
-    root = setup.data_root or os.environ.get("LIMBECK_DATA")
-    if root is None:
-        raise InputError(
-            f"task '{setup.task}' needs its data: give the folder that holds {folder}/ with --data-root or LIMBECK_DATA"
-        )
-    return Path(root).expanduser()
 
 
 def _split(

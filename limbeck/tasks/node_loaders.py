@@ -7,18 +7,15 @@ without pickles: ``labels`` (N,), features ``x`` (N, F) or in compressed rows ``
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from limbeck.core.errors import InputError
 from limbeck.core.hypergraphs import Hypergraph
 from limbeck.core.node_graphs import NodeGraph
+from limbeck.tasks.graph_files import ArrayFile, data_folder
 from limbeck.tasks.node_classification import NodeSetup, NodeTask, hide, random_split
 from limbeck.tasks.node_generators import HYPERGRAPH_NODES, SBM_NODES, hypergraph_sbm, sbm
 from limbeck.tasks.planetoid import read_planetoid, rows_of
@@ -62,7 +59,7 @@ def load_hypergraph_sbm(setup: NodeSetup) -> NodeTask:
 def load_planetoid(setup: NodeSetup) -> NodeTask:
     """Cora (2,708 papers, 7 classes) or CiteSeer (3,327 papers, 6 classes): citations, words of the abstracts."""
     folder = {"cora": "Cora", "citeseer": "CiteSeer"}[setup.task]
-    where = _root(setup, "planetoid") / "planetoid" / folder
+    where = data_folder(setup.task, setup.data_root, "planetoid") / "planetoid" / folder
     if not where.is_dir():
         raise InputError(f"no folder planetoid/{folder} in {where.parent.parent}: it should hold raw/ind.* files")
     x, labels, edges, public = read_planetoid(where)
@@ -77,7 +74,7 @@ def load_planetoid(setup: NodeSetup) -> NodeTask:
 
 def load_hypergraph(setup: NodeSetup) -> NodeTask:
     """Papers of Cora or Citeseer; a hyperedge holds the papers that one paper cites (co-citation) or one author wrote (co-authorship)."""
-    path = _root(setup, "hypergraphs") / "hypergraphs" / f"{setup.task}.npz"
+    path = data_folder(setup.task, setup.data_root, "hypergraphs") / "hypergraphs" / f"{setup.task}.npz"
     structure, x, labels = read_npz(path)
     names = CORA_CLASSES if setup.task.endswith("-cora") else None
     kind = "co-citation" if setup.task.startswith("cocitation") else "co-authorship"
@@ -99,31 +96,17 @@ def read_npz(path: Path) -> tuple[NodeGraph | Hypergraph, Tensor, Tensor]:
     Raises:
         InputError: no such file, arrays missing or wrong, pickles.
     """
-    if not path.is_file():
-        raise InputError(f"no file {path}: a graph of your own is an .npz file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path} is no .npz file of plain arrays ({type(error).__name__}: {reason})") from None
-
-    def need(name: str) -> NDArray[Any]:
-        if name not in held:
-            raise InputError(f"{path} has no array '{name}'; it holds {', '.join(sorted(held)) or 'nothing'}")
-        found: NDArray[Any] = held[name]
-        return found
-
+    held = ArrayFile(path)
     if "x" in held:
-        x = torch.from_numpy(held["x"].astype(np.float32))
+        x = held.numbers("x").float()
     else:
-        data, indices, indptr = (need(f"x_{name}") for name in ("data", "indices", "indptr"))
-        x = torch.from_numpy(rows_of(data, indices, indptr, tuple(need("x_shape").tolist()), path))
-    labels = torch.from_numpy(need("labels").astype(np.int64))
+        data, shape = held.numbers("x_data").numpy(), held.numbers("x_shape", whole=True)
+        indices, indptr = (held.numbers(f"x_{name}", whole=True).numpy() for name in ("indices", "indptr"))
+        x = torch.from_numpy(rows_of(data, indices, indptr, tuple(shape.tolist()), path))
+    labels = held.numbers("labels", whole=True)
     if "edge_index" in held:
-        edges = torch.from_numpy(held["edge_index"].astype(np.int64))
-        return NodeGraph.of(x, edges, labels), x, labels
-    pointer, members = (torch.from_numpy(need(name).astype(np.int64)) for name in ("edge_ptr", "edge_nodes"))
+        return NodeGraph.of(x, held.numbers("edge_index", whole=True), labels), x, labels
+    pointer, members = (held.numbers(name, whole=True) for name in ("edge_ptr", "edge_nodes"))
     return Hypergraph(pointer, members, len(x)), x, labels
 
 
@@ -132,15 +115,6 @@ def row_shares(x: Tensor) -> Tensor:
     if bool((x < 0).any()):
         return x
     return x / x.sum(1, keepdim=True).clamp_min(1e-12)
-
-
-def _root(setup: NodeSetup, folder: str) -> Path:
-    root = setup.data_root or os.environ.get("LIMBECK_DATA")
-    if root is None:
-        raise InputError(
-            f"task '{setup.task}' needs its data: give the folder that holds {folder}/ with --data-root or LIMBECK_DATA"
-        )
-    return Path(root).expanduser()
 
 
 def _split(

@@ -24,4 +24,6 @@ def test_statistics_are_the_mean_over_batches_and_modes_stay() -> None:
 
 
 def test_a_network_without_it_reads_no_batches() -> None:
-    recalibrate(nn.Linear(2, 2), iter([None]))
+    batches = iter([None])
+    recalibrate(nn.Linear(2, 2), batches)
+    assert next(batches, "read") is None
