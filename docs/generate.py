@@ -11,6 +11,7 @@ from typing import Any
 
 from limbeck import catalogue
 from limbeck.core.config import fields_of
+from limbeck.report.scoreboard import ground_of
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build" / "docs"
@@ -83,8 +84,7 @@ def verdict(name: str) -> str:
     size = (
         f", {found['data']['train']} training samples" if "train" in found["data"] else ""
     )  # several data sets have none
-    named = found["data"].get("name", "several data sets")
-    where = f"{named}{size}, {len(found['seeds'])} seeds"
+    where = f"{ground_of(found['data'])}{size}, {len(found['seeds'])} seeds"
     return f"**{found['verdict']}** on {where}.\n\n" + "\n".join(rows) + f"\n\n{found['note']}"
 
 

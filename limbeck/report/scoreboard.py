@@ -84,6 +84,12 @@ def write_scoreboard(folder: str | Path, out: str | Path | None = None) -> Path:
     )
 
 
+def ground_of(data: Mapping[str, Any]) -> str:
+    """What a result was measured on: the data set's name, or the generated and real ones where there are several."""
+    several = [data.get("generated", ""), *data.get("real", ())]
+    return str(data.get("name") or "; ".join(filter(None, several)))
+
+
 def readme_table(folder: str | Path) -> str:
     """The methods as a Markdown table: what each does, its paper, the verdict, the difference, the data.
 
@@ -101,7 +107,7 @@ def readme_table(folder: str | Path) -> str:
         verdict, difference, data = NOT_MEASURED, "", ""
         if result is not None:
             shown, d, count = _shown(result), result["difference"], len(result["seeds"])
-            verdict, data = f"**{result['verdict']}**", str(result["data"].get("name", ""))
+            verdict, data = f"**{result['verdict']}**", ground_of(result["data"])
             difference = (
                 f"{shown.label} {shown.difference(d['mean'])} {shown.interval(d['low'], d['high'])}, {count} seeds"
             )
@@ -233,7 +239,7 @@ def _entry(card: Card | None, result: Mapping[str, Any] | None) -> dict[str, Any
             "sort": d["mean"],
             "picture": small_interval(d["mean"], d["low"], d["high"], result["verdict"]),
             "seeds": result["seeds"],
-            "data": str(result["data"].get("name", "")),
+            "data": ground_of(result["data"]),
             "note": result.get("note") or "",
             "arms": _arms(result),
             "arm_plot": _arm_plot(result, shown),

@@ -7,7 +7,15 @@ import pytest
 from limbeck import catalogue
 from limbeck.core.errors import InputError, RunError
 from limbeck.report import scoreboard
-from limbeck.report.scoreboard import BEGIN, END, read_scoreboard, readme_table, update_readme, write_scoreboard
+from limbeck.report.scoreboard import (
+    BEGIN,
+    END,
+    ground_of,
+    read_scoreboard,
+    readme_table,
+    update_readme,
+    write_scoreboard,
+)
 from tests.report import make
 from tests.report.pages import sound
 
@@ -188,3 +196,9 @@ def test_from_the_shell(tmp_path, three, capsys):
     assert scoreboard.main([*arguments, "--check"]) == 0
     assert scoreboard.main([str(tmp_path / "gone.md"), str(folder)]) == 2
     assert "gone.md" in capsys.readouterr().err
+
+
+def test_the_ground_is_named_where_there_are_several() -> None:
+    assert ground_of({"name": "digits", "train": 3}) == "digits"
+    assert ground_of({"generated": "blocks", "real": ["cora", "yeast"]}) == "blocks; cora; yeast"
+    assert ground_of({}) == ""
